@@ -1,0 +1,110 @@
+"""Loading and saving Hugging Face causal language models: a folder or a hub id in, a safetensors folder out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from soul.records import InputError
+
+
+def check_model_folder(name_or_path: str) -> None:
+    """Refuse a local folder that cannot be loaded safely, before anything expensive starts. Hub ids pass.
+
+    Raises:
+        InputError: not a folder, no config.json, or weights that are not safetensors.
+    """
+    path = Path(name_or_path)
+    looks_local = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
+    if not path.exists():
+        if looks_local:
+            raise InputError(f"model folder {name_or_path} does not exist. Pass a folder with config.json and *.safetensors, or a hub id.")
+        return
+    if not (path / "config.json").is_file():
+        raise InputError(f"model folder {path} has no config.json. Pass a Hugging Face model folder (save_pretrained writes one).")
+    if not any(path.glob("*.safetensors")):
+        pickled = sorted(item.name for item in path.glob("*.bin"))
+        found = f"only pickled weights ({', '.join(pickled[:3])})" if pickled else "no weights"
+        raise InputError(f"model folder {path} has {found}, expected *.safetensors. Convert it with save_pretrained (safetensors is its default).")
+
+
+def load_tokenizer(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer.
+
+    Raises:
+        InputError: it cannot be found or read.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name_or_path, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"no tokenizer could be loaded from {name_or_path} ({type(error).__name__}): {_first_line(error)}") from error
+    return tokenizer
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attention: str = "sdpa",
+) -> PreTrainedModel:
+    """Weights from safetensors only, in `dtype`, on the CPU, dropout off.
+
+    Raises:
+        InputError: the model is missing, is no causal language model, or has no safetensors weights.
+    """
+    check_model_folder(name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+        for name in ("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "dropout"):
+            if getattr(config, name, None):
+                setattr(config, name, 0.0)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            name_or_path,
+            config=config,
+            revision=revision,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attention,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"no causal language model could be loaded from {name_or_path} ({type(error).__name__}): {_first_line(error)}") from error
+    model.config.use_cache = False
+    return model
+
+
+def save_model(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    state: dict[str, torch.Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write `folder` so that it appears whole or not at all; `state` replaces the model's own weights, cast to `dtype`."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    weights = model.state_dict() if state is None else state
+    if dtype is not None:
+        weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
+        model.config.dtype = dtype
+    model.config.use_cache = True
+    model.save_pretrained(staging, state_dict=weights)
+    tokenizer.save_pretrained(staging)
+    staging.chmod(0o755)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(staging, folder)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]

@@ -1,0 +1,28 @@
+"""What a row of data is to the rest of the project, and the error that bad input raises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class InputError(ValueError):
+    """Bad input from the user: the message says what was expected, what was got and what to do, and never quotes a row's text.
+
+    The command line turns it into one line on stderr and exit code 2.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One question and its answer.
+
+    `perturbed` are plausible wrong answers, `paraphrase` the right answer in other words, `paraphrased_prompt` the question in
+    other words. Metrics that need a missing field are null with a reason.
+    """
+
+    id: str
+    prompt: str
+    response: str
+    paraphrase: str | None = None
+    perturbed: tuple[str, ...] = ()
+    paraphrased_prompt: str | None = None
