@@ -1,0 +1,115 @@
+"""Tokenised rows on disk: memory-mapped Arrow files, so that a split may be larger than memory and any row is one look-up.
+
+A store is a folder of `part-*.arrow` files, read in name order, and a `store.json` written last: without it there is no store.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from soul.batch import TokenRow
+
+SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("num_prompt", pa.int32())])
+ROWS_PER_BATCH = 1024
+
+
+def write_part(path: Path, rows: Iterable[tuple[Sequence[int], int]]) -> int:
+    """Write (ids, num_prompt) rows as one Arrow file that appears whole or not at all; returns the number of rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_suffix(f".tmp{os.getpid()}")
+    count = 0
+    with pa.OSFile(str(staging), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        for chunk in _chunks(rows, ROWS_PER_BATCH):
+            ids, num_prompt = zip(*chunk, strict=True)
+            writer.write_batch(pa.record_batch([pa.array(ids, SCHEMA[0].type), pa.array(num_prompt, SCHEMA[1].type)], schema=SCHEMA))
+            count += len(chunk)
+    os.replace(staging, path)
+    return count
+
+
+def finish_store(folder: Path, **facts: object) -> None:
+    """Declare the parts in `folder` complete, with whatever `facts` the caller wants to check on reuse."""
+    staging = folder / f".store.{os.getpid()}"
+    staging.write_text(json.dumps(facts, sort_keys=True))
+    os.replace(staging, folder / "store.json")
+
+
+def is_store(folder: Path) -> bool:
+    return (folder / "store.json").is_file()
+
+
+def _chunks(rows: Iterable[tuple[Sequence[int], int]], size: int) -> Iterator[list[tuple[Sequence[int], int]]]:
+    chunk: list[tuple[Sequence[int], int]] = []
+    for row in rows:
+        chunk.append(row)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """One split's rows. `lengths_R` are token counts; `reference_logps_R` the answers' log-probabilities under the frozen target."""
+
+    batches: tuple[pa.RecordBatch, ...]
+    starts: NDArray[np.int64]
+    lengths_R: NDArray[np.int64]
+    reference_logps_R: NDArray[np.float64] | None = None
+
+    @classmethod
+    def open(cls, folder: Path, reference_logps_R: NDArray[np.float64] | None = None) -> TokenStore:
+        """Map the parts of a finished store; nothing is read but the row lengths."""
+        if not is_store(folder):
+            raise FileNotFoundError(f"{folder} is not a finished token store (no store.json)")
+        batches: list[pa.RecordBatch] = []
+        for part in sorted(folder.glob("part-*.arrow")):
+            reader = pa.ipc.open_file(pa.memory_map(str(part)))
+            batches += [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        return cls._of(batches, reference_logps_R)
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[TokenRow]) -> TokenStore:
+        """An in-memory store, for small splits and tests."""
+        table = [
+            pa.record_batch(
+                [pa.array([list(row.ids) for row in rows], SCHEMA[0].type), pa.array([row.num_prompt for row in rows], SCHEMA[1].type)],
+                schema=SCHEMA,
+            )
+        ]
+        reference = None
+        if rows and rows[0].reference_logp is not None:
+            reference = np.array([row.reference_logp for row in rows], dtype=np.float64)
+        return cls._of(table, reference)
+
+    @classmethod
+    def _of(cls, batches: Sequence[pa.RecordBatch], reference_logps_R: NDArray[np.float64] | None) -> TokenStore:
+        sizes = [batch.num_rows for batch in batches]
+        lengths = [np.diff(batch.column(0).offsets.to_numpy()) for batch in batches]
+        return cls(
+            tuple(batches),
+            np.cumsum([0, *sizes]),
+            np.concatenate(lengths).astype(np.int64) if lengths else np.zeros(0, np.int64),
+            reference_logps_R,
+        )
+
+    def __len__(self) -> int:
+        return len(self.lengths_R)
+
+    def row(self, index: int) -> TokenRow:
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        batch, offset = self.batches[part], index - int(self.starts[part])
+        reference = None if self.reference_logps_R is None else float(self.reference_logps_R[index])
+        return TokenRow(index, batch.column(0)[offset].as_py(), batch.column(1)[offset].as_py(), reference)
+
+    def rows(self) -> Iterator[TokenRow]:
+        return (self.row(index) for index in range(len(self)))

@@ -1,0 +1,102 @@
+"""What the training loop asks of an engine: where parameters, gradients and optimizer state live, and how they meet over ranks.
+
+The loop owns counts, schedules and the curvature interval; an engine owns placement and reduction only, so every engine gives the
+losses, weights and curvature of `single`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+BuildModel = Callable[[], nn.Module]
+BuildOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+Precision = Literal["fp32", "bf16"]
+
+
+class EngineConfig(BaseModel):
+    """Where the model lives while it trains."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    name: Literal["single", "ddp", "fsdp"] = Field("single", description="single process, replicated (ddp) or sharded (fsdp, FSDP2)")
+    num_workers: int = Field(1, ge=1, description="training workers (ranks); one GPU each where there are GPUs")
+    precision: Precision = Field("fp32", description="compute precision; weights, gradients and optimizer state stay fp32")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, more time")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="clip the global gradient norm to this; null: no clipping")
+
+
+@dataclass(frozen=True, slots=True)
+class StepInfo:
+    """What one optimizer step did. `grad_norm` is the global norm before clipping."""
+
+    grad_norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class FullEntry:
+    """One parameter with its optimizer state, unsharded, on the CPU."""
+
+    param: Tensor
+    state: Mapping[str, Tensor]
+
+
+class Engine(Protocol):
+    """One per rank. Every method but the attributes is collective: all ranks call it, in the same order."""
+
+    config: EngineConfig
+    rank: int
+    world: int
+    device: torch.device
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    sharded: bool
+
+    def prepare(self, build_model: BuildModel, build_optimizer: BuildOptimizer) -> None:
+        """Build model and optimizer in the order the engine needs (FSDP shards before the optimizer sees parameters)."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context every forward runs under (bf16 autocast, or nothing)."""
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate gradients of `loss`, already divided by global counts, summed over ranks. `last`: no more before a step."""
+
+    def step(self) -> StepInfo:
+        """Clip, update, zero the gradients."""
+
+    def hessian_step(self, *, decay: bool, scale: float = 1.0) -> None:
+        """Fold the accumulated gradients' squares into the curvature: no clipping, no update; zero the gradients."""
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks."""
+
+    def save(self, folder: Path, extra: Mapping[str, Any]) -> None:
+        """Write this rank's part of an exact checkpoint, and `extra` (JSON) from rank 0."""
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Restore a checkpoint written by any engine at any world size in place; returns `extra`."""
+
+    def iter_full_state(self) -> Iterator[tuple[str, FullEntry]]:
+        """Every parameter and its state, gathered one at a time; real tensors on rank 0, empty ones elsewhere."""
+
+    def export(self, folder: Path, *, tokenizer: Any, dtype: torch.dtype | None = None) -> None:
+        """A Hugging Face folder of the weights, written by rank 0."""
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside DDP; itself otherwise."""
+    inner = getattr(model, "module", model)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def pick_device(local_rank: int) -> torch.device:
+    """The rank's GPU, or the CPU where there is none."""
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")

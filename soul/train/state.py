@@ -1,0 +1,86 @@
+"""Exact checkpoints, one format for every engine: `torch.distributed.checkpoint` of named tensors, plus `extra.json`.
+
+Tensors are keyed by the parameter's own name (`model/NAME`, `exp_avg/NAME`, ...), so a checkpoint can be read back by another
+engine or at another world size: the library reshards.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from soul.train.engine import FullEntry, unwrap
+
+EXTRA = "extra.json"
+
+
+def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Every tensor a run needs to continue: parameters, buffers kept in checkpoints, and the optimizer's state."""
+    inner = unwrap(model)
+    tensors = {f"model/{name}": value for name, value in inner.state_dict(keep_vars=False).items() if isinstance(value, Tensor)}
+    for name, parameter in inner.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{key}/{name}"] = value
+    return tensors
+
+
+def materialise_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give torch's lazily initialised AdamW its zero state, so that a checkpoint can be loaded into it in place."""
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad and not optimizer.state[parameter]:
+                optimizer.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Any]) -> None:
+    """Write this rank's tensors into `folder`; rank 0 adds the metadata and `extra`, last."""
+    distributed = dist.is_initialized() and dist.get_world_size() > 1
+    folder.mkdir(parents=True, exist_ok=True)
+    dcp.save(named_tensors(model, optimizer), checkpoint_id=str(folder), no_dist=not distributed)
+    if not distributed or dist.get_rank() == 0:
+        staging = folder / f".{EXTRA}"
+        staging.write_text(json.dumps(dict(extra), sort_keys=True))
+        os.replace(staging, folder / EXTRA)
+
+
+def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Fill model and optimizer in place from a folder written by `save_state`.
+
+    Raises:
+        FileNotFoundError: the folder holds no complete checkpoint.
+    """
+    if not (folder / EXTRA).is_file() or not (folder / ".metadata").is_file():
+        raise FileNotFoundError(f"{folder} holds no complete checkpoint (expected .metadata and {EXTRA})")
+    materialise_state(optimizer)
+    distributed = dist.is_initialized() and dist.get_world_size() > 1
+    dcp.load(named_tensors(model, optimizer), checkpoint_id=str(folder), no_dist=not distributed)
+    extra: dict[str, Any] = json.loads((folder / EXTRA).read_text())
+    return extra
+
+
+def full_entries(model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool) -> Iterator[tuple[str, FullEntry]]:
+    """Each parameter with its state, gathered from its shards; `keep` is true on the rank that wants the values."""
+
+    def whole(tensor: Tensor) -> Tensor:
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return full.detach().cpu() if keep else torch.empty(0)
+
+    for name, parameter in unwrap(model).named_parameters():
+        state = {key: whole(value) for key, value in optimizer.state.get(parameter, {}).items() if isinstance(value, Tensor)}
+        yield name, FullEntry(whole(parameter), state)
