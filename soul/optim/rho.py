@@ -1,0 +1,81 @@
+"""rho="auto": hold the fraction of unclipped coordinates in a band.
+
+A coordinate is unclipped when |m| / h < rho, h bias-corrected: the rho that leaves a fraction f unclipped is the f-quantile of
+|m| / h. Ranks add up histograms of that ratio, so every rank and every world size arrives at the same rho.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from soul.optim.sophia import SophiaG, hessian_correction
+from soul.optim.stats import NUM_BINS, fraction_below, log_histogram, quantile
+from soul.records import InputError
+
+
+@torch.no_grad()
+def log_ratio_histogram(optimizer: SophiaG) -> Tensor:
+    """Local counts of |m| / h over the coordinates that move (m != 0); the ranks' sum goes into `RhoController.update`."""
+    factor = hessian_correction(optimizer.param_groups[0])
+    total = torch.zeros(NUM_BINS, dtype=torch.int64)
+    for exp_avgs, hessians in optimizer.state_buckets():
+        for m, h in zip(exp_avgs, hessians, strict=True):
+            moves = m != 0
+            counts = log_histogram(m[moves].abs() / (h[moves] * factor))
+            total = total.to(counts.device) + counts
+    return total
+
+
+def unclipped_fraction(histogram: Tensor, rho: float) -> float:
+    """Which fraction of the coordinates that move this rho leaves unclipped; nan where none moves."""
+    return fraction_below(histogram, rho)
+
+
+def rho_for(histogram: Tensor, target: float) -> float:
+    """The rho that leaves a fraction `target` unclipped: inf where too many coordinates have h = 0, nan where none moves."""
+    return quantile(histogram, target)
+
+
+@dataclass(slots=True)
+class RhoController:
+    """Feed it the global histogram at every logging step and hand the returned rho to the optimizer.
+
+    The first measurement sets rho to the solution. Later ones leave it alone within `band` of the target; outside, they go
+    `smoothing` of the way to the solution in log space. A measurement without a solution (nothing moves, or too many
+    coordinates have no curvature yet) changes nothing.
+    """
+
+    target: float = 0.3
+    band: float = 0.05
+    smoothing: float = 0.5
+    bounds: tuple[float, float] = (1e-8, 1e8)
+    rho: float = 0.04
+    is_measured: bool = False
+
+    def __post_init__(self) -> None:
+        if not (0 < self.target < 1 and 0 <= self.band < 1 and 0 < self.smoothing <= 1):
+            raise InputError(f"target, band and smoothing must be fractions, got {self.target}, {self.band} and {self.smoothing}.")
+        if not 0 < self.bounds[0] <= self.rho <= self.bounds[1]:
+            raise InputError(f"rho must lie within its bounds {self.bounds}, got {self.rho}.")
+
+    def update(self, histogram: Tensor) -> float:
+        solution = rho_for(histogram, self.target)
+        if not math.isfinite(solution):
+            return self.rho
+        solution = min(max(solution, self.bounds[0]), self.bounds[1])
+        if not self.is_measured:
+            self.rho, self.is_measured = solution, True
+        elif abs(unclipped_fraction(histogram, self.rho) - self.target) > self.band:
+            self.rho *= (solution / self.rho) ** self.smoothing
+        return self.rho
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rho": self.rho, "is_measured": self.is_measured}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rho, self.is_measured = float(state["rho"]), bool(state["is_measured"])

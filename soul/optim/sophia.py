@@ -1,0 +1,111 @@
+"""SophiaG: momentum divided by a curvature diagonal, clipped element-wise (Liu et al. 2023, arXiv 2305.14342).
+
+    h     <- b2 h + (1 - b2) scale g^2              update_hessian(), on gradients of a sampled-label loss (curvature.py)
+    m     <- b1 m + (1 - b1) g                      step(), on gradients of the training loss
+    theta <- theta (1 - lr wd) - lr clip(m / max(rho h / (1 - b2^n), eps), 1)
+
+h starts at zero, so after n updates it is (1 - b2^n) of its mean. Dividing that out is what lets a run of a few hundred steps
+leave the pure sign descent it would otherwise spend most of its life in.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from soul.optim.base import Bucket, Group, ShardOptimizer
+from soul.optim.rules import check_hyperparameters, clipped_ratio, descend_, fold_momentum_, fold_square_
+from soul.optim.stats import CurvatureStats
+from soul.records import InputError
+
+
+class SophiaG(ShardOptimizer):
+    """Never calls a model and never counts: the caller owns the curvature interval and `set_hessian_updates`.
+
+    ZeRO calls the optimizer once per group or sub-group, so a counter in here would run fast. ZeRO also knows only `step()`:
+    `mode = "hessian"` makes that call fold curvature, with `hessian_scale` and `hessian_decay`, instead of moving parameters.
+
+    State keys are `exp_avg` (m) and `exp_avg_sq` (h): DeepSpeed's universal checkpoints hard-code Adam's two names.
+    """
+
+    state_keys = ("exp_avg", "exp_avg_sq")
+    mode: Literal["step", "hessian"] = "step"
+    hessian_scale: float = 1.0
+    hessian_decay: bool = True
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        rho: float = 0.04,
+        eps: float = 1e-12,
+        weight_decay: float = 0.0,
+        bias_correction: bool = True,
+        state_dtype: torch.dtype = torch.float32,
+        foreach: bool | None = None,
+        eager_state: bool = True,
+    ) -> None:
+        check_hyperparameters(betas=betas, non_negative={"lr": lr, "weight_decay": weight_decay}, positive={"rho": rho, "eps": eps})
+        if state_dtype == torch.bfloat16 and betas[1] > 0.99:
+            raise InputError(f"bfloat16 state cannot follow an average with b2 > 0.99, got {betas[1]}. Lower b2 or use float32 state.")
+        defaults = {"lr": lr, "betas": betas, "rho": rho, "eps": eps, "weight_decay": weight_decay}
+        defaults |= {"bias_correction": bias_correction, "hessian_updates": 0}
+        super().__init__(params, defaults, state_dtype=state_dtype, foreach=foreach, eager_state=eager_state)
+
+    def hessian(self, p: Tensor) -> Tensor:
+        """The curvature average of a parameter as stored, not bias-corrected."""
+        return self._state_of(p)["exp_avg_sq"]
+
+    def set_hessian_updates(self, num_updates: int) -> None:
+        """Tell every group how many decayed curvature updates h has seen. With none, the step is a sign step."""
+        for group in self.param_groups:
+            group["hessian_updates"] = num_updates
+
+    def set_rho(self, rho: float) -> None:
+        for group in self.param_groups:
+            group["rho"] = rho
+
+    @torch.no_grad()
+    def update_hessian(self, *, scale: float = 1.0, decay: bool = True) -> None:
+        """Fold the gradients into h and leave them as they are.
+
+        `scale`: number of tokens behind a mean sampled-label loss, 1 for a sqrt-weighted one. Fold per micro-batch and pass
+        `decay=False` from the second on: cross terms have zero mean, so h stays unbiased at the same scale with less noise.
+        """
+        self._for_each_bucket(lambda group, bucket: _fold_hessian_(group, bucket, scale=scale, decay=decay))
+
+    def _update_(self, group: Group, bucket: Bucket) -> None:
+        if self.mode == "hessian":
+            _fold_hessian_(group, bucket, scale=self.hessian_scale, decay=self.hessian_decay)
+            return
+        params, grads, exp_avgs, hessians = bucket
+        fold_momentum_(exp_avgs, grads, beta=group["betas"][0])
+        denominators = torch._foreach_mul(hessians, group["rho"] * hessian_correction(group))
+        torch._foreach_clamp_min_(denominators, group["eps"])
+        directions = clipped_ratio(exp_avgs, denominators)
+        descend_(params, directions, lr=group["lr"], weight_decay=group["weight_decay"])
+        self._record(directions, lr=group["lr"])
+
+    @torch.no_grad()
+    def curvature_stats(self) -> CurvatureStats:
+        """Size and spread of this rank's bias-corrected h. One pass over it: cheap at the interval of the curvature steps."""
+        factor = hessian_correction(self.param_groups[0])
+        return CurvatureStats.of(h * factor for _, hessians in self.state_buckets() for h in hessians)
+
+
+def hessian_correction(group: Group) -> float:
+    """What makes the stored h unbiased. 0 before its first update, when there is no curvature to divide by."""
+    if not group["bias_correction"]:
+        return 1.0
+    num_updates = group["hessian_updates"]
+    return 1.0 / (1.0 - group["betas"][1] ** num_updates) if num_updates else 0.0
+
+
+def _fold_hessian_(group: Group, bucket: Bucket, *, scale: float, decay: bool) -> None:
+    _, grads, _, hessians = bucket
+    beta2 = group["betas"][1]
+    fold_square_(hessians, grads, decay=beta2 if decay else 1.0, weight=(1 - beta2) * scale)
