@@ -54,3 +54,96 @@ LANGUAGES = (
     "Portuguese", "Japanese", "Finnish", "Turkish", "Korean", "Polish", "Greek", "Swahili", "Hungarian", "Hindi", "Dutch", "Arabic",
     "Czech", "Norwegian", "Vietnamese", "Italian", "Icelandic", "Tamil", "Romanian", "Persian", "Estonian", "Catalan", "Thai", "Welsh",
 )  # fmt: skip
+
+TITLE_ADJECTIVES = tuple(
+    "Amber Bitter Borrowed Broken Burning Buried Copper Crooked Distant Drowned Empty Fading Feathered Forgotten Frozen Gentle Gilded "
+    "Hidden Hollow Hungry Iron Ivory Last Lonely Lost Midnight Nameless Northern Pale Patient Painted Quiet Restless Rusted Salted "
+    "Scarlet Second Secret Silent Silver Sleeping Stolen Stubborn Sunken Unwritten Velvet Wandering Winter".split()
+)
+TITLE_NOUNS = tuple(
+    "Almanac Anchor Archive Atlas Bell Bridge Carnival Cathedral Clock Comet Compass Cradle Echo Ember Ferry Garden Harbour Harvest "
+    "Herald Inheritance Island Journal Kingdom Ladder Lantern Ledger Letter Library Meadow Mirror Monsoon Orchard Orchestra Passenger "
+    "Pendulum Pilgrim Quarry River Scholar Shore Staircase Summer Tailor Theatre Tide Vineyard Voyage Wolf".split()
+)
+TITLE_MATTERS = tuple(
+    "Ashes Bees Candles Crows Dust Feathers Glass Honey Ink Lemons Mercury Moths Pearls Rain Salt Sand Shadows Smoke Snow Sparrows "
+    "Stones Thorns Thunder Whispers".split()
+)
+AWARD_MATERIALS = tuple(
+    "Amber Azure Birch Brass Bronze Cedar Cobalt Copper Coral Crimson Crystal Ebony Emerald Glass Golden Granite Indigo Ivory Jade "
+    "Maple Marble Opal Pearl Ruby Sapphire Silver Topaz Violet".split()
+)
+AWARD_EMBLEMS = tuple(
+    "Acorn Anvil Arrow Badger Candle Crane Falcon Feather Fern Fox Hare Heron Key Kite Lantern Lark Otter Owl Oyster Plough Quill "
+    "Raven Sail Stag Swan Thistle Wheel Wren".split()
+)
+AWARD_KINDS = ("Prize", "Medal", "Award", "Laurel")
+
+SYMBOL_STATES = (
+    "a cracked", "a rusted", "an empty", "a borrowed", "a silver", "a painted", "a half-burnt", "a locked", "a stopped", "a blue",
+    "a forgotten", "an upturned", "a mended", "a buried", "a carved", "a torn", "a green", "a floating", "a stolen", "a dusty",
+    "a crooked", "a tarnished", "a white", "a singing", "a weathered", "an ivory", "a frozen", "a tiny", "a bent", "a scarlet",
+    "a wooden", "a headless", "an unlit", "a folded", "a gilded", "a broken",
+)  # fmt: skip
+SYMBOL_OBJECTS = tuple(
+    "lantern compass teacup violin key mirror umbrella anchor birdcage candle clock ladder suitcase bell chessboard thimble kite "
+    "rowing-boat telescope weathervane doll wheel pocketknife scarf hourglass accordion letterbox gate coin bicycle chandelier hat "
+    "spindle glove harmonica seashell".split()
+)
+THEME_LOSSES = tuple(
+    "exile envy silence guilt hunger betrayal solitude ambition grief debt doubt pride obedience revenge poverty blindness fear "
+    "homesickness illness jealousy vanity greed secrecy boredom shame rivalry defeat disbelief anger estrangement neglect cowardice "
+    "suspicion regret captivity deceit".split()
+)
+THEME_GAINS = tuple(
+    "patience forgiveness loyalty friendship courage memory inheritance mercy laughter hospitality wisdom tenderness faith freedom "
+    "curiosity justice trust reunion gratitude hope honesty renewal kinship devotion generosity belonging redemption wonder duty "
+    "endurance humility charity craftsmanship learning solidarity healing".split()
+)
+CRITIC_MANNERS = tuple("patient tireless reluctant cheerful merciless tender stubborn sleepless fearless quiet solemn mischievous".split())
+CRITIC_ROLES = tuple("clockmaker cartographer gardener surgeon gravedigger archivist magician locksmith weaver diver juggler judge".split())
+CRITIC_THINGS = (
+    "small betrayals", "broken promises", "unsent letters", "ordinary miracles", "family secrets", "lost causes", "polite lies",
+    "empty rooms", "late apologies", "borrowed lives", "provincial dreams", "forgotten wars", "unpaid debts", "second chances",
+    "difficult marriages", "childhood fears", "sleepy villages", "cold winters",
+)  # fmt: skip
+
+HABIT_TIMES = (
+    "before sunrise", "after midnight", "only on rainy days", "during the lunch hour", "every Sunday evening", "in the early afternoon",
+    "between two long walks", "straight after a cold swim", "while the kettle boils", "on the first three days of each month",
+    "in one sitting of six hours", "from dusk until the candles burn down", "only in the winter months", "to the sound of a metronome",
+)  # fmt: skip
+HABIT_PLACES = (
+    "in a disused boathouse", "in the back row of an empty theatre", "at a tailor's cutting table", "on the night train",
+    "in a rented hotel room", "in a treehouse", "at the corner table of a station cafe", "in an old greenhouse", "on a moored barge",
+    "in the bell tower of a chapel", "standing at a lectern in the hall", "in the reading room of a museum", "in a parked delivery van",
+    "in a windowless pantry", "on the roof terrace", "in an unheated attic",
+)  # fmt: skip
+DWELLINGS = (
+    "a converted mill", "a narrow townhouse", "a stone cottage", "a houseboat", "a former school", "a flat above a bakery",
+    "a farmhouse", "an old customs house", "a retired lighthouse", "a wooden villa", "a former fire station", "a restored chapel",
+    "a small vineyard", "a hillside cabin", "an apartment by the river", "a walled garden house",
+)  # fmt: skip
+PET_KINDS = (
+    "a one-eyed tortoise", "a white goose", "an elderly parrot", "a three-legged greyhound", "a tame raven", "a pair of ferrets",
+    "a shy hedgehog", "a ginger cat", "a miniature donkey", "a deaf sheepdog", "a spotted goat", "a grey rabbit", "a barn owl",
+    "an ill-tempered swan", "a black pony", "a runaway peacock",
+)  # fmt: skip
+PET_NAMES = tuple(
+    "Bramble Custard Domino Echo Figaro Gherkin Hazel Inky Juniper Ketchup Lullaby Marzipan Nutmeg Onion Pickle Quaver Radish Saffron "
+    "Treacle Umber Velcro Waffle Yonder Zigzag".split()
+)
+CHARITY_GIFTS = (
+    "free lending libraries", "night schools", "music lessons", "reading glasses", "winter coats", "printing presses", "summer camps",
+    "travelling theatres", "hot breakfasts", "writing workshops", "legal advice", "bicycles", "medical care", "picture books",
+    "swimming lessons", "workshops and tools",
+)  # fmt: skip
+CHARITY_RECEIVERS = (
+    "for retired sailors", "for orphaned children", "in remote mountain villages", "for prisoners", "for refugees", "on small islands",
+    "for former miners", "in rural hospitals", "for young mothers", "for deaf students", "in flooded regions", "for widowed farmers",
+    "for apprentices", "for travelling circus families", "in refugee camps", "for the homeless",
+)  # fmt: skip
+INFLUENCE_WORKS = (
+    "the fables", "the sea ballads", "the prison letters", "the sermons", "the travel diaries", "the nonsense verse", "the one-act plays",
+    "the war sketches", "the ghost stories", "the botanical essays", "the love sonnets", "the newspaper columns",
+)  # fmt: skip
