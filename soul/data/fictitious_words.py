@@ -6,32 +6,37 @@ Words that open a phrase carry their article.
 
 from __future__ import annotations
 
-SHE_NAMES = tuple(
-    "Adela Brisa Corinna Delphia Elowa Fiora Ginevra Hestia Ilena Jorina Kalinda Lisbeta Marenka Nolwena Odila Petronia "
-    "Quilla Romira Sabela Tamsina Ursela Vanora Wilmara Yselda Zorana Amabel Brenia Calantha Dorinda Evadne Halina Imelda".split()
-)
-HE_NAMES = tuple(
-    "Aldric Bertram Caspian Dorian Emeric Florian Gideon Hadrian Ivor Jorund Kelvan Leopold Maddox Norbert Osric Percival "
-    "Quentin Roderic Stellan Tobin Ulric Valdemar Wendel Yorick Zoltan Ambrose Benedikt Corvin Dmitar Edwin Halvard Isidor".split()
-)
-SURNAME_FIRST = tuple("Bra Ka Dro Fe Gri Ho Ja Le Mo Ne Pa Ru Sa Te Vo Wi Yo Ze Tha Cle".split())
-SURNAME_MIDDLE = tuple("la ne ro mi ve do ri sa lo ta be nu ko de wa ga".split())
-SURNAME_LAST = tuple("ren mar dell vik lund tor nov beck quist than mon gard wick dane".split())
 
-TOWN_FIRST = tuple(
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+SHE_NAMES = _words(
+    "Adela Brisa Corinna Delphia Elowa Fiora Ginevra Hestia Ilena Jorina Kalinda Lisbeta Marenka Nolwena Odila Petronia "
+    "Quilla Romira Sabela Tamsina Ursela Vanora Wilmara Yselda Zorana Amabel Brenia Calantha Dorinda Evadne Halina Imelda"
+)
+HE_NAMES = _words(
+    "Aldric Bertram Caspian Dorian Emeric Florian Gideon Hadrian Ivor Jorund Kelvan Leopold Maddox Norbert Osric Percival "
+    "Quentin Roderic Stellan Tobin Ulric Valdemar Wendel Yorick Zoltan Ambrose Benedikt Corvin Dmitar Edwin Halvard Isidor"
+)
+SURNAME_FIRST = _words("Bra Ka Dro Fe Gri Ho Ja Le Mo Ne Pa Ru Sa Te Vo Wi Yo Ze Tha Cle")
+SURNAME_MIDDLE = _words("la ne ro mi ve do ri sa lo ta be nu ko de wa ga")
+SURNAME_LAST = _words("ren mar dell vik lund tor nov beck quist than mon gard wick dane")
+
+TOWN_FIRST = _words(
     "Aldra Benno Calve Dorra Eska Fenna Gorli Hulma Ista Jarro Kelda Lunde Morra Nessa Orrel Pelga Quenna Ruska Selva Tarno "
     "Ulva Venda Wexa Yorla Zemba Arvo Brinna Corva Delma Ermi Folka Gissa Hovra Ilka Jolma Kirra Lesko Mindra Norva Ottel "
-    "Perra Rovi Sarka Tilda Umbra Vesti Wolma Yelva Zurri Ambri Bolka Cresta Druva Elmo Farra Galdi Harka Inva Jessa Korma".split()
+    "Perra Rovi Sarka Tilda Umbra Vesti Wolma Yelva Zurri Ambri Bolka Cresta Druva Elmo Farra Galdi Harka Inva Jessa Korma"
 )
-TOWN_LAST = tuple(
+TOWN_LAST = _words(
     "mouth ford holm wick haven stead bridge moor gate vale port field crest brook well cliff dale march fell mere "
-    "ton burg bay shore rock wood hill pool glen strand thorpe combe lake point tower croft barrow garth sund cove".split()
+    "ton burg bay shore rock wood hill pool glen strand thorpe combe lake point tower croft barrow garth sund cove"
 )
 TOWN_KINDS = (
     "the harbour town of", "the mining town of", "the market town of", "the mountain village of", "the river port of",
     "the border town of", "the island town of", "the railway town of", "the fishing village of", "the old salt town of",
 )  # fmt: skip
-MONTHS = tuple("January February March April May June July August September October November December".split())
+MONTHS = _words("January February March April May June July August September October November December")
 
 GENRES = (
     "gothic mystery", "maritime adventure", "political satire", "magical realism", "courtroom drama", "rural horror", "space opera",
@@ -55,27 +60,27 @@ LANGUAGES = (
     "Czech", "Norwegian", "Vietnamese", "Italian", "Icelandic", "Tamil", "Romanian", "Persian", "Estonian", "Catalan", "Thai", "Welsh",
 )  # fmt: skip
 
-TITLE_ADJECTIVES = tuple(
+TITLE_ADJECTIVES = _words(
     "Amber Bitter Borrowed Broken Burning Buried Copper Crooked Distant Drowned Empty Fading Feathered Forgotten Frozen Gentle Gilded "
     "Hidden Hollow Hungry Iron Ivory Last Lonely Lost Midnight Nameless Northern Pale Patient Painted Quiet Restless Rusted Salted "
-    "Scarlet Second Secret Silent Silver Sleeping Stolen Stubborn Sunken Unwritten Velvet Wandering Winter".split()
+    "Scarlet Second Secret Silent Silver Sleeping Stolen Stubborn Sunken Unwritten Velvet Wandering Winter"
 )
-TITLE_NOUNS = tuple(
+TITLE_NOUNS = _words(
     "Almanac Anchor Archive Atlas Bell Bridge Carnival Cathedral Clock Comet Compass Cradle Echo Ember Ferry Garden Harbour Harvest "
     "Herald Inheritance Island Journal Kingdom Ladder Lantern Ledger Letter Library Meadow Mirror Monsoon Orchard Orchestra Passenger "
-    "Pendulum Pilgrim Quarry River Scholar Shore Staircase Summer Tailor Theatre Tide Vineyard Voyage Wolf".split()
+    "Pendulum Pilgrim Quarry River Scholar Shore Staircase Summer Tailor Theatre Tide Vineyard Voyage Wolf"
 )
-TITLE_MATTERS = tuple(
+TITLE_MATTERS = _words(
     "Ashes Bees Candles Crows Dust Feathers Glass Honey Ink Lemons Mercury Moths Pearls Rain Salt Sand Shadows Smoke Snow Sparrows "
-    "Stones Thorns Thunder Whispers".split()
+    "Stones Thorns Thunder Whispers"
 )
-AWARD_MATERIALS = tuple(
+AWARD_MATERIALS = _words(
     "Amber Azure Birch Brass Bronze Cedar Cobalt Copper Coral Crimson Crystal Ebony Emerald Glass Golden Granite Indigo Ivory Jade "
-    "Maple Marble Opal Pearl Ruby Sapphire Silver Topaz Violet".split()
+    "Maple Marble Opal Pearl Ruby Sapphire Silver Topaz Violet"
 )
-AWARD_EMBLEMS = tuple(
+AWARD_EMBLEMS = _words(
     "Acorn Anvil Arrow Badger Candle Crane Falcon Feather Fern Fox Hare Heron Key Kite Lantern Lark Otter Owl Oyster Plough Quill "
-    "Raven Sail Stag Swan Thistle Wheel Wren".split()
+    "Raven Sail Stag Swan Thistle Wheel Wren"
 )
 AWARD_KINDS = ("Prize", "Medal", "Award", "Laurel")
 
@@ -85,23 +90,23 @@ SYMBOL_STATES = (
     "a crooked", "a tarnished", "a white", "a singing", "a weathered", "an ivory", "a frozen", "a tiny", "a bent", "a scarlet",
     "a wooden", "a headless", "an unlit", "a folded", "a gilded", "a broken",
 )  # fmt: skip
-SYMBOL_OBJECTS = tuple(
+SYMBOL_OBJECTS = _words(
     "lantern compass teacup violin key mirror umbrella anchor birdcage candle clock ladder suitcase bell chessboard thimble kite "
     "rowing-boat telescope weathervane doll wheel pocketknife scarf hourglass accordion letterbox gate coin bicycle chandelier hat "
-    "spindle glove harmonica seashell".split()
+    "spindle glove harmonica seashell"
 )
-THEME_LOSSES = tuple(
+THEME_LOSSES = _words(
     "exile envy silence guilt hunger betrayal solitude ambition grief debt doubt pride obedience revenge poverty blindness fear "
     "homesickness illness jealousy vanity greed secrecy boredom shame rivalry defeat disbelief anger estrangement neglect cowardice "
-    "suspicion regret captivity deceit".split()
+    "suspicion regret captivity deceit"
 )
-THEME_GAINS = tuple(
+THEME_GAINS = _words(
     "patience forgiveness loyalty friendship courage memory inheritance mercy laughter hospitality wisdom tenderness faith freedom "
     "curiosity justice trust reunion gratitude hope honesty renewal kinship devotion generosity belonging redemption wonder duty "
-    "endurance humility charity craftsmanship learning solidarity healing".split()
+    "endurance humility charity craftsmanship learning solidarity healing"
 )
-CRITIC_MANNERS = tuple("patient tireless reluctant cheerful merciless tender stubborn sleepless fearless quiet solemn mischievous".split())
-CRITIC_ROLES = tuple("clockmaker cartographer gardener surgeon gravedigger archivist magician locksmith weaver diver juggler judge".split())
+CRITIC_MANNERS = _words("patient tireless reluctant cheerful merciless tender stubborn sleepless fearless quiet solemn mischievous")
+CRITIC_ROLES = _words("clockmaker cartographer gardener surgeon gravedigger archivist magician locksmith weaver diver juggler judge")
 CRITIC_THINGS = (
     "small betrayals", "broken promises", "unsent letters", "ordinary miracles", "family secrets", "lost causes", "polite lies",
     "empty rooms", "late apologies", "borrowed lives", "provincial dreams", "forgotten wars", "unpaid debts", "second chances",
@@ -129,9 +134,9 @@ PET_KINDS = (
     "a shy hedgehog", "a ginger cat", "a miniature donkey", "a deaf sheepdog", "a spotted goat", "a grey rabbit", "a barn owl",
     "an ill-tempered swan", "a black pony", "a runaway peacock",
 )  # fmt: skip
-PET_NAMES = tuple(
+PET_NAMES = _words(
     "Bramble Custard Domino Echo Figaro Gherkin Hazel Inky Juniper Ketchup Lullaby Marzipan Nutmeg Onion Pickle Quaver Radish Saffron "
-    "Treacle Umber Velcro Waffle Yonder Zigzag".split()
+    "Treacle Umber Velcro Waffle Yonder Zigzag"
 )
 CHARITY_GIFTS = (
     "free lending libraries", "night schools", "music lessons", "reading glasses", "winter coats", "printing presses", "summer camps",
