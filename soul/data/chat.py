@@ -17,7 +17,7 @@ import jinja2
 from soul.records import InputError
 
 PLAIN_TEMPLATE = "Question: {prompt}\nAnswer: "
-PLACEHOLDER = "{prompt}"
+PROMPT_SLOT = "{prompt}"
 CHOICES = ("auto", "chat", "plain")
 # Llama 3 templates write today's date unless they are given one; the ids of a row must not depend on the day
 TEMPLATE_DATE = "26 Jul 2024"
@@ -57,12 +57,12 @@ class ChatFormat:
     def __post_init__(self) -> None:
         if self.choice in CHOICES:
             return
-        num_places = self.choice.count(PLACEHOLDER)
+        num_places = self.choice.count(PROMPT_SLOT)
         if num_places == 1:
             return
-        expected = f"Expected one of {', '.join(CHOICES)}, or a text that holds {PLACEHOLDER} exactly once."
+        expected = f"Expected one of {', '.join(CHOICES)}, or a text that holds {PROMPT_SLOT} exactly once."
         if num_places > 1:
-            raise InputError(f"--chat: the template holds {PLACEHOLDER} {num_places} times. {expected}")
+            raise InputError(f"--chat: the template holds {PROMPT_SLOT} {num_places} times. {expected}")
         near = difflib.get_close_matches(self.choice, CHOICES, n=1)
         raise InputError(f"--chat: {self.choice!r} is no format. {expected}{f' Did you mean {near[0]!r}?' if near else ''}")
 
@@ -85,7 +85,7 @@ class ChatFormat:
             return _chat_ids(prompt, tokenizer)
         # a control token is a token where the template spells it, and text where a data row does
         spells_control = any(token in template for token in tokenizer.all_special_tokens)
-        text = template.rstrip(" ").replace(PLACEHOLDER, prompt)
+        text = template.rstrip(" ").replace(PROMPT_SLOT, prompt)
         body = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not spells_control)
         prefix = _prefix_ids(tokenizer)
         return body if body[: len(prefix)] == prefix else prefix + body

@@ -146,12 +146,14 @@ def _lines(stream: io.BufferedReader, where: str) -> Iterator[Line]:
 
 def _json_rows(lines: Iterator[Line], where: str) -> Iterator[tuple[int, Row]]:
     """JSON lines, or one array when the first character that is not blank opens one."""
+    is_first = True
     for number, text in lines:
         if not text.strip():
             continue
-        if text.lstrip().startswith("["):
+        if is_first and text.lstrip().startswith("["):
             yield from _array_rows("\n" * (number - 1) + text + "".join(rest for _, rest in lines), where)
             return
+        is_first = False
         try:
             row = json.loads(text)
         except (ValueError, RecursionError):
