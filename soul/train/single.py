@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,47 +11,46 @@ import torch
 from torch import Tensor, nn
 
 from soul.models.load import save_model
+from soul.records import InputError
 from soul.train.engine import BuildModel, BuildOptimizer, EngineConfig, FullEntry, StepInfo, pick_device
 from soul.train.state import full_entries, load_state, save_state
+from soul.train.update import clip_and_step, enable_checkpointing, fold_curvature, forward_context
 
 
 class SingleEngine:
-    """One rank that holds everything."""
+    """One rank that holds everything.
+
+    Raises:
+        InputError: made for one of several ranks.
+    """
 
     sharded = False
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, *, rank: int = 0, world: int = 1, local_rank: int = 0) -> None:
+        if world != 1:
+            raise InputError(f"the single engine runs on 1 worker, got {world}. Use --engine ddp or fsdp, or --num-workers 1.")
         self.config = config
-        self.rank, self.world = 0, 1
-        self.device = pick_device(0)
+        self.rank, self.world = rank, world
+        self.device = pick_device(local_rank)
         self.model: nn.Module
         self.optimizer: torch.optim.Optimizer
 
     def prepare(self, build_model: BuildModel, build_optimizer: BuildOptimizer) -> None:
         self.model = build_model().to(self.device)
-        if self.config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        enable_checkpointing(self.model, self.config)
         self.optimizer = build_optimizer(self.model)
 
-    def autocast(self) -> Any:
-        """The context every forward runs under."""
-        if self.config.precision == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return nullcontext()
+    def autocast(self) -> AbstractContextManager[Any]:
+        return forward_context(self.device, self.config.precision)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def step(self) -> StepInfo:
-        limit = self.config.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if limit is None else limit)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return StepInfo(grad_norm=float(norm))
+        return clip_and_step(self.model, self.optimizer, max_norm=self.config.max_grad_norm)
 
     def hessian_step(self, *, decay: bool, scale: float = 1.0) -> None:
-        self.optimizer.update_hessian(scale=scale, decay=decay)  # type: ignore[attr-defined]
-        self.optimizer.zero_grad(set_to_none=True)
+        fold_curvature(self.optimizer, decay=decay, scale=scale)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         return tensor

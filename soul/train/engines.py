@@ -1,0 +1,19 @@
+"""Engines by name."""
+
+from __future__ import annotations
+
+from soul.train.ddp import DDPEngine
+from soul.train.engine import Engine, EngineConfig
+from soul.train.fsdp import FSDPEngine
+from soul.train.single import SingleEngine
+
+ENGINES: dict[str, type[SingleEngine | DDPEngine | FSDPEngine]] = {"single": SingleEngine, "ddp": DDPEngine, "fsdp": FSDPEngine}
+
+
+def make_engine(config: EngineConfig, *, rank: int, world: int, local_rank: int) -> Engine:
+    """The engine of this rank, one of `world`; with more than one rank, or sharded, it joins the process group that exists already.
+
+    Raises:
+        InputError: an engine of one process on several.
+    """
+    return ENGINES[config.name](config, rank=rank, world=world, local_rank=local_rank)

@@ -1,0 +1,104 @@
+"""The sharded engine (FSDP2): parameters, gradients and optimizer state in equal parts over the ranks, one unit per decoder block.
+
+Memory per rank is 16 N / W bytes (fp32 weights, gradients and two moments of N parameters on W ranks), one block's whole parameters,
+and the root's: embeddings, final norm and LM head stay whole from the forward to the end of the backward. Gradients are
+reduce-scattered after every micro-batch: postponing that to the last one would save traffic, and hold 4 N bytes of whole gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+from soul.models.load import save_model
+from soul.train.engine import BuildModel, BuildOptimizer, EngineConfig, FullEntry, Precision, StepInfo
+from soul.train.ranks import join_group, sum_over_ranks
+from soul.train.sharding import build_sharded, reshard
+from soul.train.state import full_entries, load_state, save_state
+from soul.train.update import clip_and_step, enable_checkpointing, fold_curvature
+
+# No output_dtype: a block that returns fp32 to its bf16 neighbour fails, and the losses widen the root's logits themselves.
+POLICIES: dict[Precision, MixedPrecisionPolicy] = {
+    "fp32": MixedPrecisionPolicy(),
+    "bf16": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
+}
+
+
+class FSDPEngine:
+    """One rank's shards. The process group exists already."""
+
+    sharded = True
+
+    def __init__(self, config: EngineConfig, *, rank: int, world: int, local_rank: int) -> None:
+        self.config = config
+        self.rank, self.world = rank, world
+        self.device = join_group(rank, world, local_rank)
+        self.model: nn.Module
+        self.optimizer: torch.optim.Optimizer
+
+    def prepare(self, build_model: BuildModel, build_optimizer: BuildOptimizer) -> None:
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        self.model = build_sharded(build_model, mesh=mesh, policy=POLICIES[self.config.precision], device=self.device)
+        enable_checkpointing(self.model, self.config)
+        self.optimizer = build_optimizer(self.model)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext()  # the policy casts at the blocks' borders
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        (loss * self.world).backward()  # FSDP averages over ranks
+
+    def step(self) -> StepInfo:
+        return clip_and_step(self.model, self.optimizer, max_norm=self.config.max_grad_norm)
+
+    def hessian_step(self, *, decay: bool, scale: float = 1.0) -> None:
+        fold_curvature(self.optimizer, decay=decay, scale=scale)
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        return sum_over_ranks(tensor, self.device)
+
+    def save(self, folder: Path, extra: Mapping[str, Any]) -> None:
+        reshard(self.model)
+        save_state(folder, self.model, self.optimizer, extra)
+        dist.barrier()  # whichever rank returns, the checkpoint is complete
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        reshard(self.model)
+        return load_state(folder, self.model, self.optimizer)
+
+    def iter_full_state(self) -> Iterator[tuple[str, FullEntry]]:
+        reshard(self.model)
+        return full_entries(self.model, self.optimizer, keep=self.rank == 0)
+
+    def export(self, folder: Path, *, tokenizer: Any, dtype: torch.dtype | None = None) -> None:
+        reshard(self.model)
+        state = gather_weights(self.model, keep=self.rank == 0, dtype=dtype)
+        if self.rank == 0:
+            save_model(folder, self.model, tokenizer, state=state, dtype=dtype)  # type: ignore[arg-type]
+        dist.barrier()
+
+
+def gather_weights(model: nn.Module, *, keep: bool, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The whole state dict on the CPU of the rank with `keep`, gathered tensor by tensor; empty elsewhere. Collective.
+
+    Tied parameters are one tensor here too. `dtype` is what floating-point tensors are cast to (None: as they are).
+    """
+    gathered: dict[Tensor, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor not in gathered:
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            cast = dtype if whole.is_floating_point() else None
+            gathered[tensor] = whole.detach().to("cpu", dtype=cast) if keep else torch.empty(0)
+        if keep:
+            state[name] = gathered[tensor]
+    return state

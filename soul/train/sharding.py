@@ -1,0 +1,119 @@
+"""From a model's builder to the model in FSDP2 shards, with the whole of it in memory nowhere but on rank 0's CPU.
+
+Rank 0 builds the model and sends every rank its skeleton: the pickled module with parameters that have a shape but no storage, and
+everything else (buffers, config, ties between parameters) as it is. Block by block, the skeleton then gets storage on the device,
+rank 0's values, and is cut into shards, so that a device holds its shards and one whole block at a time.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from soul.records import InputError
+from soul.train.engine import BuildModel
+
+
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a transformer: the module list that holds the most parameters (experts are lists too, inside a block).
+
+    Raises:
+        InputError: the model has no module list.
+    """
+
+    def num_parameters(blocks: nn.ModuleList) -> int:
+        return sum(parameter.numel() for parameter in blocks.parameters())
+
+    lists: list[nn.ModuleList] = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
+    if not lists:
+        raise InputError(f"expected a model with a list of decoder blocks, got {type(model).__name__}. Use --engine ddp or single.")
+    longest = max(map(num_parameters, lists))
+    return list(next(blocks for blocks in lists if num_parameters(blocks) == longest))
+
+
+def build_sharded(build_model: BuildModel, *, mesh: DeviceMesh, policy: MixedPrecisionPolicy, device: torch.device) -> nn.Module:
+    """The model in shards, the same values on every mesh as `build_model` gives on rank 0, which alone calls it.
+
+    Raises:
+        InputError: on every rank, if `build_model` raises it or there are no blocks.
+    """
+    source = _build_on_rank_zero(build_model)
+    model = _share_skeleton(source)
+    values = {} if source is None else dict(source.named_parameters())
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    filled: dict[nn.Parameter, nn.Parameter] = {}
+    for unit in (*decoder_blocks(model), model):
+        for owner in unit.modules():
+            for key, parameter in owner.named_parameters(recurse=False):
+                if parameter.is_meta:
+                    if parameter not in filled:
+                        filled[parameter] = _filled(parameter, values.get(names[parameter]), device)
+                    setattr(owner, key, filled[parameter])
+            for key, buffer in owner.named_buffers(recurse=False):
+                setattr(owner, key, buffer.to(device))
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+        filled.clear()  # a block's whole parameters are freed before the next block's are made
+    return model
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what a forward without backward left whole (the root's parameters), so that names lead to shards again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _build_on_rank_zero(build_model: BuildModel) -> nn.Module | None:
+    """Rank 0's model; None elsewhere. Rank 0's bad input is every rank's, or the others would wait for a model that never comes."""
+    source: nn.Module | None = None
+    outcome: list[InputError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            source = build_model()
+        except InputError as error:
+            outcome[0] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[0] is not None:
+        raise outcome[0]
+    return source
+
+
+def _share_skeleton(source: nn.Module | None) -> nn.Module:
+    """Rank 0's model on every rank, its parameters without storage."""
+    payload: list[bytes | None] = [None]
+    if source is not None:
+        stream = io.BytesIO()
+        _SkeletonPickler(stream).dump(source)
+        payload[0] = stream.getvalue()
+    dist.broadcast_object_list(payload)
+    assert payload[0] is not None
+    model = pickle.loads(payload[0])
+    assert isinstance(model, nn.Module)
+    return model
+
+
+class _SkeletonPickler(pickle.Pickler):
+    """Pickles a module without its parameters' values. The memo of a pickle keeps tied parameters tied."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, nn.Parameter):
+            return _storageless, (obj.shape, obj.dtype, obj.requires_grad)
+        return NotImplemented
+
+
+def _storageless(shape: torch.Size, dtype: torch.dtype, requires_grad: bool) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=requires_grad)
+
+
+def _filled(parameter: nn.Parameter, value: torch.Tensor | None, device: torch.device) -> nn.Parameter:
+    """Storage on `device` for a storageless parameter, with rank 0's `value` (None on the other ranks)."""
+    whole = torch.empty_like(parameter, device=device) if value is None else value.detach().to(device, copy=True)
+    dist.broadcast(whole, src=0)
+    return nn.Parameter(whole, requires_grad=parameter.requires_grad)

@@ -1,0 +1,39 @@
+"""What every engine does alike: the precision of a forward, and what becomes of gradients that are summed over ranks."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from soul.train.engine import EngineConfig, Precision, StepInfo
+
+
+def forward_context(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    """bf16 autocast over fp32 weights, or nothing."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def enable_checkpointing(model: nn.Module, config: EngineConfig) -> None:
+    """Have the model's blocks recompute their activations, if the config asks for it."""
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+
+
+def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer, *, max_norm: float | None) -> StepInfo:
+    """Clip the global gradient norm, update the weights, drop the gradients. Collective where parameters are sharded."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf") if max_norm is None else max_norm)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepInfo(grad_norm=float(norm))
+
+
+def fold_curvature(optimizer: torch.optim.Optimizer, *, decay: bool, scale: float) -> None:
+    """Fold the gradients' squares into h, unclipped, and drop the gradients."""
+    optimizer.update_hessian(scale=scale, decay=decay)  # type: ignore[attr-defined]
+    optimizer.zero_grad(set_to_none=True)
