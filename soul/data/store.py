@@ -67,14 +67,15 @@ class TokenStore:
     reference_logps_R: NDArray[np.float64] | None = None
 
     @classmethod
-    def open(cls, folder: Path, reference_logps_R: NDArray[np.float64] | None = None) -> TokenStore:
-        """Map the parts of a finished store; nothing is read but the row lengths."""
-        if not is_store(folder):
-            raise FileNotFoundError(f"{folder} is not a finished token store (no store.json)")
+    def open(cls, *folders: Path, reference_logps_R: NDArray[np.float64] | None = None) -> TokenStore:
+        """Map the parts of finished stores, one behind the other; nothing is read but the row lengths."""
         batches: list[pa.RecordBatch] = []
-        for part in sorted(folder.glob("part-*.arrow")):
-            reader = pa.ipc.open_file(pa.memory_map(str(part)))
-            batches += [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        for folder in folders:
+            if not is_store(folder):
+                raise FileNotFoundError(f"{folder} is not a finished token store (no store.json)")
+            for part in sorted(folder.glob("part-*.arrow")):
+                reader = pa.ipc.open_file(pa.memory_map(str(part)))
+                batches += [reader.get_batch(i) for i in range(reader.num_record_batches)]
         return cls._of(batches, reference_logps_R)
 
     @classmethod

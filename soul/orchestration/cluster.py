@@ -1,0 +1,129 @@
+"""Joining a Ray cluster, or starting a local one that ends with the script; what it has is checked before anything waits for it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from soul.records import InputError
+
+# Read by Ray at import or by its workers at start: set before the import below.
+_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report blocks for one poll: 2 s at Ray's default
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TQDM": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+for _name, _value in _ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
+
+import ray  # noqa: E402
+import ray.data  # noqa: E402
+from ray.exceptions import AuthenticationError  # noqa: E402
+
+OBJECT_STORE_BYTES = 300 * 2**20
+
+
+def _raise_interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(f"signal {signum}")
+
+
+def _quiet(verbose: bool) -> None:
+    if verbose:
+        return
+    for name in ("ray", "ray.data", "ray.train", "ray.tune", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+
+
+@contextmanager
+def cluster(address: str | None, *, num_workers: int, verbose: bool) -> Iterator[None]:
+    """A connected Ray for the length of the block. A Ray that is already connected is used and left running.
+
+    `address`: a cluster to join; None joins RAY_ADDRESS if that is set, else starts a local Ray.
+
+    Raises:
+        InputError: the cluster cannot be joined, or has too few CPUs or GPUs for `num_workers`.
+    """
+    _quiet(verbose)
+    address = address or os.environ.get("RAY_ADDRESS")
+    owned = not ray.is_initialized()
+    if owned and address is None:
+        check_workers(num_workers, cpus=float(os.cpu_count() or 1), gpus=None, where="this machine")
+        _start_local(num_workers, verbose)
+    elif owned:
+        _join(address, verbose)
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        signal.signal(signal.SIGTERM, _raise_interrupt)
+    except ValueError:  # not in the main thread: whoever owns it handles signals
+        previous = None
+    try:
+        resources = ray.cluster_resources()
+        gpus = resources.get("GPU", 0.0)
+        check_workers(num_workers, cpus=resources.get("CPU", 0.0), gpus=gpus or None, where="the cluster")
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        context.execution_options.preserve_order = True  # the paired stream relies on it
+        yield
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+        if owned:
+            ray.shutdown()
+
+
+def _start_local(num_workers: int, verbose: bool) -> None:
+    # Logical CPUs are bookkeeping: workers hold theirs for the whole run, and data tasks must still find one (else Ray waits for ever).
+    logical = max(4, (os.cpu_count() or 1), num_workers + 2)
+    ray.init(
+        num_cpus=logical,
+        include_dashboard=False,
+        log_to_driver=verbose,
+        logging_level=logging.INFO if verbose else logging.ERROR,
+        object_store_memory=OBJECT_STORE_BYTES,
+        runtime_env={"env_vars": worker_environment()},
+    )
+
+
+def worker_environment() -> dict[str, str]:
+    """What workers must see: where the package is, and one thread per worker (two on one core wait for each other)."""
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    return {"PYTHONPATH": path, "OMP_NUM_THREADS": threads, **{name: os.environ[name] for name in _ENVIRONMENT}}
+
+
+def _join(address: str | None, verbose: bool) -> None:
+    try:
+        ray.init(address=address, log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR)
+    except (ConnectionError, AuthenticationError, ValueError) as error:
+        raise InputError(
+            f"the Ray cluster at {address} cannot be joined ({type(error).__name__}). Check the address, that its Ray and Python versions "
+            "are this environment's, and the token: RAY_AUTH_MODE=token with the cluster's RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."
+        ) from error
+
+
+def check_workers(num_workers: int, *, cpus: float, gpus: float | None, where: str) -> None:
+    """Refuse more workers than there is room for: Ray would wait for ever.
+
+    Raises:
+        InputError: says what there is.
+    """
+    kind, have = ("GPUs", gpus) if gpus is not None else ("CPUs", cpus)
+    if num_workers > have:
+        raise InputError(f"{num_workers} training workers were asked for, but {where} has {have:g} {kind}. Lower --num-workers.")

@@ -1,0 +1,83 @@
+"""Target and retrained model: given, or trained here and cached by a hash of data, model and settings.
+
+A tiny model from scratch also learns the two world sets (it has no pre-training to know them from); they are never in the retain
+batches of unlearning, so they show collateral damage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from soul.config import Config, prepare_key
+from soul.data.sources import Benchmark
+from soul.models.load import check_model_folder, save_model
+from soul.models.tiny import tiny_model, tiny_tokenizer
+from soul.objectives.methods import Finetune
+from soul.orchestration.progress import Display
+from soul.orchestration.train import fit
+from soul.rundir import RunDir, digest
+from soul.train.engine import EngineConfig
+from soul.train.job import TrainJob
+
+Kind = Literal["target", "retrained"]
+WORLD_SETS = ("real_authors", "world_facts")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model folder or hub id, and a key that names its weights."""
+
+    path: str
+    key: str
+
+
+def starting_model(config: Config, benchmark: Benchmark, cache: Path) -> str:
+    """What training starts from: the given model, or a tiny Llama with random weights and a tokenizer made of the benchmark's words."""
+    if config.model.path is not None:
+        check_model_folder(config.model.path)
+        return config.model.path
+    used = [split for split in ("forget", "retain", *WORLD_SETS) if split in benchmark.splits]
+    prints = benchmark.fingerprints()
+    folder = cache / "init" / digest([[prints[split] for split in used], config.model.tiny.model_dump(), config.prepare.seed], length=20)
+    if not (folder / "config.json").is_file():
+        records = [record for split in used for record in benchmark.splits[split]]
+        texts = [text for record in records for text in (f"Question: {record.prompt}\nAnswer:", f" {record.response}")]
+        tokenizer = tiny_tokenizer(texts, config.model.tiny.vocab_size)
+        save_model(folder, tiny_model(config.model.tiny, tokenizer, seed=config.prepare.seed), tokenizer)
+    return str(folder)
+
+
+def prepared_model(
+    config: Config, kind: Kind, *, start: str, stores: Mapping[str, Path], cache: Path, display: Display
+) -> Prepared:
+    """The target (trained on everything) or the retrained model (on everything but the forget set)."""
+    splits = [split for split in ("forget", "retain", *WORLD_SETS) if split in stores]
+    if config.model.finetune:
+        splits = [split for split in splits if split not in WORLD_SETS]
+    if kind == "retrained":
+        splits.remove("forget")
+    key = prepare_key(config, digest([stores[split].name for split in splits]), kind)
+    run = RunDir(cache / "models" / key)
+    if run.finished("train", key) is not None:
+        display.say(f"{kind} model: made before ({run.path})")
+        return Prepared(str(run.model), key)
+    run.create()
+    engine = config.engine if config.model.finetune else EngineConfig(max_grad_norm=1.0)  # a tiny model gains nothing from sharding
+    job = TrainJob(
+        model=start,
+        export=str(run.model),
+        run_dir=str(run.path),
+        method=Finetune(),
+        optimizer=config.prepare_optimizer(),
+        train=config.prepare_train(),
+        engine=engine,
+        stores={"retain": tuple(str(stores[split]) for split in splits)},
+        revision=config.model.revision,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    fit(job, name="checkpoints", on_progress=lambda step, total: display.update(f"train {kind} model", step, total))
+    run.finish("train", key, {"splits": splits})
+    return Prepared(str(run.model), key)

@@ -1,0 +1,144 @@
+"""One training job as a Ray Train run: ranks, the streamed feed, checkpoints that survive a killed worker, progress for the driver."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from soul.orchestration.stream import ray_steps
+from soul.train.engine import Engine
+from soul.train.engines import make_engine
+from soul.train.job import JobResult, TrainJob, run_job
+from soul.train.loop import NonFiniteLoss, Progress
+
+OnProgress = Callable[[int, int], None]
+
+
+class TrainingStopped(RuntimeError):
+    """Training ended without a result, for a reason that trying again would not mend. The message is for the user."""
+
+
+def _save(engine: Engine, progress: Progress) -> None:
+    """Every rank writes its part into a folder of its own; Ray Train merges them and forgets the oldest."""
+    folder = Path(tempfile.mkdtemp(prefix="soul-checkpoint-"))
+    try:
+        engine.save(folder, progress.to_json())
+        ray.train.report(
+            {"step": progress.step},
+            checkpoint=Checkpoint.from_directory(str(folder)),
+            checkpoint_dir_name=f"step_{progress.step:08d}",
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def train_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """Runs on every rank. Returns a JobResult as a dict, or {"error": message} for a failure that a restart would repeat."""
+    job: TrainJob = config["job"]
+    context = ray.train.get_context()
+    torch.set_num_threads(config["threads"])
+    engine = make_engine(
+        job.engine, rank=context.get_world_rank(), world=context.get_world_size(), local_rank=context.get_local_rank()
+    )
+
+    def run(resume_from: Path | None) -> JobResult:
+        return run_job(
+            job,
+            engine,
+            resume_from=resume_from,
+            save_checkpoint=_save,
+            make_steps=lambda feed, start, stop: ray_steps(job, feed, start, stop),
+        )
+
+    try:
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return dataclasses.asdict(run(None))
+        with checkpoint.as_directory() as folder:
+            return dataclasses.asdict(run(Path(folder)))
+    except NonFiniteLoss as error:
+        return {"error": str(error)}
+
+
+def fit(job: TrainJob, *, name: str, max_failures: int = 2, on_progress: OnProgress | None = None) -> JobResult:
+    """Run `job` to its end, continuing from its last checkpoint if it has one.
+
+    Raises:
+        TrainingStopped: a loss became NaN or infinite.
+        ray.train.TrainingFailedError: workers failed more than `max_failures` times.
+    """
+    use_gpu = ray.cluster_resources().get("GPU", 0) >= job.engine.num_workers
+    threads = max(1, (torch.get_num_threads() if job.engine.num_workers == 1 else 1)) if use_gpu else 1
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job, "threads": threads},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=600),
+        scaling_config=ScalingConfig(num_workers=job.engine.num_workers, use_gpu=use_gpu, resources_per_worker=None if use_gpu else {"CPU": 1}),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(Path(job.run_dir).resolve()),
+            failure_config=FailureConfig(max_failures=max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=job.train.keep_checkpoints),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    with _watch(Path(job.run_dir) / "metrics.jsonl", on_progress):
+        result = trainer.fit()
+    value = result.return_value
+    if "error" in value:
+        raise TrainingStopped(value["error"])
+    return JobResult(**value)
+
+
+@contextmanager
+def _watch(metrics: Path, on_progress: OnProgress | None) -> Iterator[None]:
+    """Report the last step of a growing metrics.jsonl twice a second: free for the workers, unlike a report to Ray."""
+    if on_progress is None:
+        yield
+        return
+    done = threading.Event()
+
+    def poll() -> None:
+        while not done.wait(0.5):
+            step, total = last_step(metrics)
+            if total:
+                on_progress(step, total)
+
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=5)
+        step, total = last_step(metrics)
+        if total:
+            on_progress(step, total)
+
+
+def last_step(metrics: Path) -> tuple[int, int]:
+    """(step, total steps) of the last whole line; zeros where there is none."""
+    try:
+        with metrics.open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - 4096))
+            lines = [line for line in file.read().split(b"\n") if line.endswith(b"}") and line.startswith(b"{")]
+    except FileNotFoundError:
+        return 0, 0
+    if not lines:
+        return 0, 0
+    row = json.loads(lines[-1])
+    return int(row["step"]), int(row["total_steps"])

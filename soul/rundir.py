@@ -1,0 +1,124 @@
+"""The run directory: where every stage finds and leaves its files, how they are written, and which stages are done.
+
+    config.json  manifest.json  metrics.jsonl  results.json  report.html  report.md  model/  checkpoints/  logs/  .stages/
+
+Files appear whole or not at all. A stage's marker is written last: a finished stage is not repeated, an unfinished one resumes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from soul.records import InputError
+
+PACKAGES = ("torch", "ray", "transformers", "tokenizers", "datasets", "pyarrow", "numpy", "scipy")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by `text`; a crash at any moment leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, staging = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(staging).chmod(0o644)
+        os.replace(staging, path)
+    except BaseException:
+        Path(staging).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def digest(value: Any, *, length: int = 16) -> str:
+    """A short stable hash of anything JSON can hold."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of one run. Only a local folder is handled here."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results.json"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def create(self) -> None:
+        """Make the folder and prove that it can be written.
+
+        Raises:
+            InputError: it cannot.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise InputError(
+                f"output {self.path} cannot be written ({error.strerror}). Choose another --output or change its permissions."
+            ) from error
+
+    def _marker(self, stage: str) -> Path:
+        return self.path / ".stages" / f"{stage}.json"
+
+    def finished(self, stage: str, key: str) -> dict[str, Any] | None:
+        """What a finished stage left in its marker; None if it has not finished, or finished with other inputs (`key`)."""
+        marker = self._marker(stage)
+        if not marker.is_file():
+            return None
+        found: dict[str, Any] = json.loads(marker.read_text())
+        return found["value"] if found["key"] == key else None
+
+    def finish(self, stage: str, key: str, value: Mapping[str, Any]) -> None:
+        write_json(self._marker(stage), {"key": key, "value": dict(value)})
+
+
+def versions() -> dict[str, str]:
+    """Library versions for the manifest, without importing any of them."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found

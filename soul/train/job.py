@@ -1,0 +1,174 @@
+"""One training job on one rank: load, train, evaluate cheaply each epoch, checkpoint, export. The same under Ray, torchrun and tests."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from soul.batch import Batch
+from soul.data.feed import LocalFeed
+from soul.data.pairing import PairedPlan
+from soul.data.store import TokenStore
+from soul.models.load import load_model, load_tokenizer
+from soul.objectives.methods import Method, streamed_splits
+from soul.optim.configs import OptimizerConfig
+from soul.rundir import write_atomically
+from soul.train.config import TrainConfig
+from soul.train.engine import Engine, EngineConfig
+from soul.train.loop import Hooks, Progress, train
+from soul.train.probe import probe_splits
+
+SaveCheckpoint = Callable[[Engine, Progress], None]
+MakeSteps = Callable[[LocalFeed, int, int], Iterable[Sequence[Batch]]]
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Everything a rank needs, as paths and settings: no rows, so nothing of the data can leak through a log of it.
+
+    `stores` maps each streamed split to its token stores, read one behind the other; `reference` is the .npy file of the leading split's reference log-probabilities;
+    `probes` maps a name to the store (and row limit) it is cheaply evaluated on after an epoch.
+    """
+
+    model: str
+    export: str
+    run_dir: str
+    method: Method
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    engine: EngineConfig
+    stores: Mapping[str, tuple[str, ...]]
+    reference: str | None = None
+    probes: Mapping[str, str] = field(default_factory=dict)
+    probe_limit: int = 200
+    revision: str | None = None
+    trust_remote_code: bool = False
+    export_dtype: str | None = None
+
+    def open_stores(self) -> dict[str, TokenStore]:
+        """The streamed splits' stores, the leading one first, with its reference log-probabilities if there are any."""
+        reference = None if self.reference is None else np.load(self.reference, allow_pickle=False)
+        splits = streamed_splits(self.method)
+        return {
+            split: TokenStore.open(*map(Path, self.stores[split]), reference_logps_R=reference if i == 0 else None)
+            for i, split in enumerate(splits)
+        }
+
+
+@dataclass
+class JobResult:
+    """What rank 0 reports of a finished job."""
+
+    steps: int
+    tokens: int
+    train_s: float
+    peak_memory_bytes: int
+    optimizer_state_bytes_per_rank: int
+    epochs: list[dict[str, Any]]
+
+
+def plan_of(job: TrainJob, stores: Mapping[str, TokenStore]) -> PairedPlan:
+    """The run's data order."""
+    lengths = {split: store.lengths_R for split, store in stores.items()}
+    return PairedPlan(lengths, batch_size=job.train.batch_size, seed=job.train.seed, window=job.train.bucket_window)
+
+
+def run_job(
+    job: TrainJob,
+    engine: Engine,
+    *,
+    resume_from: Path | None,
+    save_checkpoint: SaveCheckpoint,
+    make_steps: MakeSteps | None = None,
+    on_step: Callable[[dict[str, Any], int], None] | None = None,
+) -> JobResult:
+    """Train `job` on this rank. `make_steps` replaces the local feed (Ray Data's); `on_step(row, total)` is called on every rank."""
+    tokenizer = load_tokenizer(job.model, revision=job.revision, trust_remote_code=job.trust_remote_code)
+    stores = job.open_stores()
+    plan = plan_of(job, stores)
+    total = job.train.total_steps(plan.steps_per_epoch)
+
+    def build_model() -> nn.Module:
+        return load_model(job.model, revision=job.revision, trust_remote_code=job.trust_remote_code)
+
+    engine.prepare(build_model, lambda model: job.optimizer.build(model.named_parameters()))
+    progress = Progress()
+    if resume_from is not None:
+        extra = engine.load(resume_from)
+        progress = Progress(**extra)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    assert isinstance(pad_id, int)  # the tokenising stage has checked that there is an EOS
+    log = _StepLog(Path(job.run_dir) / "metrics.jsonl", keep=progress.step) if engine.rank == 0 else None
+
+    def after_step(row: dict[str, Any]) -> None:
+        if log is not None:
+            log.write(row)
+        if on_step is not None:
+            on_step(row, total)
+
+    def after_epoch(epoch: int, now: Progress) -> None:
+        done = now.step == total
+        if job.probes and job.train.eval_every and (epoch % job.train.eval_every == 0 or done):
+            probed = probe_splits(engine, job.probes, limit=job.probe_limit, pad_id=pad_id)
+            now.epochs.append({"epoch": epoch, "step": now.step, **probed})
+        if done or (job.train.save_every and epoch % job.train.save_every == 0):
+            save_checkpoint(engine, now)
+
+    if job.probes and job.train.eval_every and progress.step == 0:
+        progress.epochs.append({"epoch": 0, "step": 0, **probe_splits(engine, job.probes, limit=job.probe_limit, pad_id=pad_id)})
+    feed = LocalFeed(plan, stores, engine.rank, engine.world, job.train.micro_batch_size, pad_id)
+    steps = feed.steps(progress.step, total) if make_steps is None else make_steps(feed, progress.step, total)
+    progress = train(
+        engine,
+        method=job.method,
+        optimizer=job.optimizer,
+        config=job.train,
+        steps=steps,
+        steps_per_epoch=plan.steps_per_epoch,
+        progress=progress,
+        hooks=Hooks(after_step, after_epoch),
+    )
+    dtype = None if job.export_dtype is None else getattr(torch, job.export_dtype)
+    engine.export(Path(job.export), tokenizer=tokenizer, dtype=dtype)
+    return JobResult(progress.step, progress.tokens, progress.seconds, peak_memory_bytes(engine), state_bytes(engine), progress.epochs)
+
+
+class _StepLog:
+    """metrics.jsonl: one line per step. Lines of steps that a resumed run repeats are dropped first."""
+
+    def __init__(self, path: Path, *, keep: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines() if path.is_file() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= keep]
+        write_atomically(path, "".join(line + "\n" for line in kept))
+        self._file = path.open("a", buffering=1)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+
+
+def state_bytes(engine: Engine) -> int:
+    """Bytes of optimizer state that live on this rank (the two moments; step counters left out)."""
+    total = 0
+    for state in engine.optimizer.state.values():
+        for value in state.values():
+            local = value.to_local() if hasattr(value, "to_local") else value
+            total += local.numel() * local.element_size() if local.dim() > 0 else 0
+    return total
+
+
+def peak_memory_bytes(engine: Engine) -> int:
+    """Peak GPU memory of this rank, or the process's peak resident memory on the CPU."""
+    if engine.device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(engine.device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

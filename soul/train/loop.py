@@ -1,0 +1,161 @@
+"""The training loop: the same function in a unit test, under torchrun and inside a Ray Train worker.
+
+It owns token counts, the learning rate, the curvature interval and every counter; engines own placement and reduction.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from soul.batch import Batch
+from soul.objectives.methods import Method, streamed_splits
+from soul.optim.configs import OptimizerConfig
+from soul.optim.schedule import lr_factor
+from soul.train.config import TrainConfig
+from soul.train.engine import Engine
+from soul.train.objective import global_counts, sampled_loss, term_sums
+from soul.train.telemetry import Telemetry
+
+
+class NonFiniteLoss(ArithmeticError):
+    """A loss became NaN or infinite. Raised on every rank before the weights are touched."""
+
+    def __init__(self, step: int, terms: Sequence[str]) -> None:
+        self.step, self.terms = step, tuple(terms)
+        super().__init__(
+            f"the {' and '.join(terms)} loss is not finite at step {step}; the weights are those of the step before, and the last "
+            "checkpoint is kept. Lower --learning-rate, or use a bounded method (npo, po)."
+        )
+
+
+@dataclass
+class Progress:
+    """Every counter a run continues from; saved in each checkpoint as JSON."""
+
+    step: int = 0
+    hessian_updates: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    rho: dict[str, Any] = field(default_factory=dict)
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What happens beside the steps. Both are called on every rank (they may be collective)."""
+
+    after_step: Callable[[dict[str, Any]], None] = lambda row: None
+    after_epoch: Callable[[int, Progress], None] = lambda epoch, progress: None
+
+
+def hessian_splits(method: Method, optimizer: OptimizerConfig) -> tuple[str, ...]:
+    """Which streamed splits curvature is measured on: retain rows where the method has them (influence theory), else the leading split."""
+    streamed = streamed_splits(method)
+    choice = getattr(optimizer, "hessian_data", None)
+    if choice == "both":
+        return streamed
+    if choice == "forget" or "retain" not in streamed:
+        return streamed[:1]
+    return ("retain",)
+
+
+def _measure_curvature(
+    engine: Engine, batches: Sequence[Batch], method: Method, optimizer: OptimizerConfig, progress: Progress, seed: int
+) -> None:
+    """One Gauss-Newton-Bartlett update of h: squared per micro-batch after the cross-rank reduce, never norm-clipped."""
+    splits = hessian_splits(method, optimizer)
+    counts = global_counts(engine, batches, [(split, "tokens") for split in splits])
+    weights = {term.split: term.weight for term in method.terms()}
+    token_weights = {split: weights[split] / tokens for split, tokens in zip(splits, counts, strict=True) if tokens > 0}
+    for i, batch in enumerate(batches):
+        loss = sampled_loss(engine, batch, token_weights, seed=seed, update=progress.hessian_updates)
+        engine.backward(loss, last=True)
+        engine.hessian_step(decay=i == 0)
+    progress.hessian_updates += 1
+    for group in engine.optimizer.param_groups:
+        group["hessian_updates"] = progress.hessian_updates
+
+
+def _descend(engine: Engine, batches: Sequence[Batch], method: Method, step: int) -> tuple[dict[str, float], float]:
+    """Backward of the objective over all micro-batches; returns the global value of each term and the tokens seen."""
+    terms = method.terms()
+    counts = global_counts(engine, batches, [(term.split, term.unit) for term in terms] + [(term.split, "tokens") for term in terms])
+    divisors, tokens = counts[: len(terms)], sum(counts[len(terms) :])
+    totals = torch.zeros(len(terms), dtype=torch.float64, device=engine.device)
+    for i, batch in enumerate(batches):
+        sums = term_sums(engine, batch, terms)
+        parts = [term.weight / max(divisor, 1) * value for term, divisor, value in zip(terms, divisors, sums, strict=True)]
+        engine.backward(torch.stack(parts).sum(), last=i == len(batches) - 1)
+        totals += torch.stack([value.detach().double() for value in sums])
+    means = engine.all_reduce_sum(totals).cpu() / torch.tensor(divisors, dtype=torch.float64).clamp(min=1)
+    values = dict(zip((term.name for term in terms), means.tolist(), strict=True))
+    if not all(map(math.isfinite, values.values())):
+        raise NonFiniteLoss(step, [name for name, value in values.items() if not math.isfinite(value)])
+    return values, tokens
+
+
+def train(
+    engine: Engine,
+    *,
+    method: Method,
+    optimizer: OptimizerConfig,
+    config: TrainConfig,
+    steps: Iterable[Sequence[Batch]],
+    steps_per_epoch: int,
+    progress: Progress,
+    hooks: Hooks,
+) -> Progress:
+    """Run from `progress.step` to the end. `steps` yields this rank's micro-batches from that step on.
+
+    Raises:
+        NonFiniteLoss: a term's value is NaN or infinite.
+    """
+    total = config.total_steps(steps_per_epoch)
+    telemetry = Telemetry(engine, optimizer, progress.rho, every=config.telemetry_every)
+    weights = {term.name: term.weight for term in method.terms()}
+    engine.model.train()
+    for batches in steps:
+        if progress.step >= total:
+            break
+        started = time.perf_counter()
+        batches = [batch.to(engine.device) for batch in batches]
+        if optimizer.curvature_due(progress.step):
+            _measure_curvature(engine, batches, method, optimizer, progress, config.seed)
+        rate = optimizer.learning_rate * lr_factor(
+            progress.step, total_steps=total, warmup_fraction=config.warmup_fraction, schedule=config.schedule
+        )
+        for group in engine.optimizer.param_groups:
+            group["lr"] = rate
+        values, tokens = _descend(engine, batches, method, progress.step)
+        telemetry.before_step(progress.step)
+        info = engine.step()
+        progress.rho = telemetry.after_step(progress.step)
+        progress.step += 1
+        progress.tokens += int(tokens)
+        progress.seconds += time.perf_counter() - started
+        hooks.after_step(
+            {
+                "step": progress.step,
+                "total_steps": total,
+                "epoch": progress.step / steps_per_epoch,
+                "loss": sum(weights[name] * value for name, value in values.items()),
+                "terms": values,
+                "learning_rate": rate,
+                "grad_norm": info.grad_norm,
+                "tokens": progress.tokens,
+                "seconds": progress.seconds,
+                **telemetry.row(),
+            }
+        )
+        if progress.step % steps_per_epoch == 0 or progress.step == total:
+            hooks.after_epoch(-(-progress.step // steps_per_epoch), progress)
+    return progress

@@ -1,0 +1,77 @@
+"""One micro-batch through the model: the objective's summands, or the sampled-label loss that measures curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from soul.batch import IGNORE_INDEX, SPLITS, Batch
+from soul.models.scoring import AnswerLogps, answer_logits, answer_logps
+from soul.objectives.terms import Term, Unit
+from soul.optim.curvature import label_uniforms, sample_labels, sampled_label_nll
+from soul.train.engine import Engine
+
+
+def count(batch: Batch, split: str, unit: Unit) -> int:
+    """Supervised tokens, or rows that have any, of one split."""
+    supervised_B = (batch.labels_BT != IGNORE_INDEX).sum(1)[batch.split_B == SPLITS.index(split)]
+    return int(supervised_B.sum() if unit == "tokens" else (supervised_B > 0).sum())
+
+
+def global_counts(engine: Engine, batches: Sequence[Batch], wanted: Sequence[tuple[str, Unit]]) -> list[float]:
+    """What each (split, unit) is divided by: counts over all ranks and micro-batches. One reduction."""
+    local = [sum(count(batch, split, unit) for batch in batches) for split, unit in wanted]
+    counts: list[float] = engine.all_reduce_sum(torch.tensor(local, dtype=torch.float64, device=engine.device)).tolist()
+    return counts
+
+
+def _rows(scores: AnswerLogps, batch: Batch, split: str) -> tuple[AnswerLogps, Tensor]:
+    """The scores and reference log-probabilities of one split's rows, renumbered from zero."""
+    chosen_B = batch.split_B == SPLITS.index(split)
+    keep_N = chosen_B[scores.row_N]
+    renumber_B = chosen_B.cumsum(0) - 1
+    rows = AnswerLogps(scores.logps_N[keep_N], renumber_B[scores.row_N[keep_N]], int(chosen_B.sum()))
+    return rows, batch.reference_logps_B[chosen_B]
+
+
+def term_sums(engine: Engine, batch: Batch, terms: Sequence[Term]) -> list[Tensor]:
+    """Each term's sum over this micro-batch's rows. One joint forward over the rows of all splits."""
+    with engine.autocast():
+        scores = answer_logps(engine.model, batch)
+    return [term.loss(*_rows(scores, batch, term.split)) for term in terms]
+
+
+def select(batch: Batch, splits: Sequence[str]) -> Batch:
+    """The rows of `splits`; when there are none, one row with its labels removed, so that every rank still runs a forward."""
+    wanted = torch.tensor([SPLITS.index(split) for split in splits], device=batch.split_B.device)
+    keep_B = torch.isin(batch.split_B, wanted)
+    labels_BT = batch.labels_BT
+    if not keep_B.any():
+        labels_BT = torch.full_like(labels_BT, IGNORE_INDEX)
+        keep_B = torch.arange(len(keep_B), device=keep_B.device) == 0
+    return Batch(
+        batch.input_ids_BT[keep_B],
+        batch.attention_mask_BT[keep_B],
+        labels_BT[keep_B],
+        batch.split_B[keep_B],
+        batch.index_B[keep_B],
+        batch.reference_logps_B[keep_B],
+    )
+
+
+def sampled_loss(engine: Engine, batch: Batch, token_weights: dict[str, float], *, seed: int, update: int) -> Tensor:
+    """Sum over supervised tokens of sqrt(w) * CE(logits, label drawn from the model's own softmax).
+
+    Its squared gradient is an unbiased diagonal of the Gauss-Newton matrix of sum_b w_b * CE_b (Bartlett's identity; Sophia-G,
+    arXiv 2305.14342), so weights w = 1/T give the curvature of the mean loss with no further scale. `token_weights` maps a split to w.
+    """
+    batch = select(batch, list(token_weights))
+    with engine.autocast():
+        logits_NV = answer_logits(engine.model, batch)
+    lengths_B = (batch.labels_BT != IGNORE_INDEX).sum(1)
+    uniforms_N = label_uniforms(batch.index_B, lengths_B, seed=seed, update=update, split_B=batch.split_B)
+    losses_N = sampled_label_nll(logits_NV, sample_labels(logits_NV.detach(), uniforms_N))
+    weights_S = torch.tensor([token_weights.get(split, 0.0) for split in SPLITS], dtype=losses_N.dtype, device=losses_N.device)
+    return (weights_S[batch.split_B][batch.row_N].sqrt() * losses_N).sum()

@@ -1,0 +1,88 @@
+"""What the optimizer did, measured every few steps: unclipped fraction, update norm, curvature, and the rho they lead to."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from soul.optim.base import ShardOptimizer, local_shard
+from soul.optim.configs import OptimizerConfig, SophiaConfig
+from soul.optim.rho import RhoController, log_ratio_histogram
+from soul.optim.sophia import SophiaG
+from soul.train.engine import Engine
+
+
+class Telemetry:
+    """Measures on steps 0, 1, 2, 4, 8, ... and on every `every`-th; holds the rho controller of `rho="auto"`."""
+
+    def __init__(self, engine: Engine, optimizer: OptimizerConfig, rho_state: dict[str, Any], *, every: int) -> None:
+        self.engine, self.every = engine, every
+        self.controller: RhoController | None = None
+        self._row: dict[str, float | None] = {}
+        if isinstance(optimizer, SophiaConfig) and optimizer.rho == "auto":
+            self.controller = RhoController(target=optimizer.target_unclipped)
+            if rho_state:
+                self.controller.load_state_dict(rho_state)
+            self._set_rho(self.controller.rho)
+
+    def due(self, step: int) -> bool:
+        return step % self.every == 0 or (step < self.every and step & (step - 1) == 0)
+
+    def before_step(self, step: int) -> None:
+        optimizer = self.engine.optimizer
+        if isinstance(optimizer, ShardOptimizer):
+            optimizer.collect_stats = self.due(step)
+
+    def after_step(self, step: int) -> dict[str, Any]:
+        """Measure if due, adjust rho; returns the controller's state for the checkpoint."""
+        self._row = self._measure() if self.due(step) else {}
+        if self.controller is not None and self.due(step):
+            assert isinstance(self.engine.optimizer, SophiaG)
+            histogram = log_ratio_histogram(self.engine.optimizer).to(self.engine.device)
+            self._set_rho(self.controller.update(self._over_shards(histogram)))
+        return {} if self.controller is None else dict(self.controller.state_dict())
+
+    def row(self) -> dict[str, float | None]:
+        """The last step's measurements, empty where none were due."""
+        return self._row
+
+    def _measure(self) -> dict[str, float | None]:
+        optimizer = self.engine.optimizer
+        if not isinstance(optimizer, ShardOptimizer):
+            squared = self._over_shards(adamw_update_squared_norm(optimizer).to(self.engine.device))
+            return {"update_norm": math.sqrt(float(squared)), "unclipped_fraction": None, "rho": None}
+        sums = self._over_shards(optimizer.take_stats().sums.to(self.engine.device))
+        row = {"update_norm": math.sqrt(float(sums[3])), "unclipped_fraction": float(sums[0] / sums[1].clamp(min=1))}
+        row["rho"] = optimizer.param_groups[0].get("rho")
+        if isinstance(optimizer, SophiaG):
+            curvature = self._over_shards(optimizer.curvature_stats().sums.to(self.engine.device))
+            row["hessian_mean"] = float(curvature[2] / curvature[0].clamp(min=1))
+            row["hessian_zero_fraction"] = float(curvature[1] / curvature[0].clamp(min=1))
+        return row
+
+    def _over_shards(self, tensor: Tensor) -> Tensor:
+        return self.engine.all_reduce_sum(tensor) if self.engine.sharded else tensor
+
+    def _set_rho(self, rho: float) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["rho"] = rho
+
+
+@torch.no_grad()
+def adamw_update_squared_norm(optimizer: torch.optim.Optimizer) -> Tensor:
+    """Squared length of AdamW's last update on this rank's shards, weight decay left out, from its state."""
+    total = torch.zeros((), dtype=torch.float64)
+    for group in optimizer.param_groups:
+        beta1, beta2 = group["betas"]
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter)
+            if not state:
+                continue
+            step = float(state["step"])
+            m, v = local_shard(state["exp_avg"]), local_shard(state["exp_avg_sq"])
+            direction = m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + group["eps"])
+            total = total.to(direction.device) + (group["lr"] * direction).double().square().sum()
+    return total
