@@ -9,7 +9,7 @@ from typing import Final
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from soul.report.comparison import distinct_models, run_labels
 from soul.report.numbers import compact, percent
@@ -18,7 +18,7 @@ from soul.report.steps import Steps
 from soul.report.svg import INK, MARKERS, MUTED, new_figure, run_colour, styled, to_svg
 from soul.report.words import METRICS
 
-CURVE_METRICS: Final = ("rougeL_recall", "probability", "exact_memorization")
+CURVE_METRICS: Final = ("rougeL_recall", "exact_memorization", "probability")
 TERM_STYLES: Final = ("-", (0, (4, 1.6)), (0, (1, 1.4)), (0, (5, 1.4, 1, 1.4)))
 REFERENCES: Final = {"target": ("s", (0, (1, 1.6))), "retrained": ("*", (0, (5, 2)))}
 
@@ -45,10 +45,11 @@ def telemetry_figures(runs: Sequence[Results], steps: Sequence[Steps]) -> list[F
     panels = [
         _telemetry(runs, steps, "loss-terms", "Loss terms", "mean loss per term (nats)", None),
         _telemetry(runs, steps, "gradient-norm", "Gradient norm, before clipping", "global gradient norm", "grad_norm"),
-        _telemetry(runs, steps, "update-norm", "Update norm", "length of a step's change of the weights", "update_norm"),
-        _telemetry(
-            runs, steps, "unclipped-fraction", "Unclipped fraction", "share of coordinates that curvature sets", "unclipped_fraction"
-        ),
+        _telemetry(runs, steps, "update-norm", "Update norm", "length of the step", "update_norm"),
+        _telemetry(runs, steps, "unclipped-fraction", "Unclipped fraction", "share of coordinates", "unclipped_fraction"),
+        _telemetry(runs, steps, "rho", "Clipping threshold", "rho", "rho")
+        if any(len(set(run.curve("rho").values)) > 1 for run in steps)
+        else None,
         _telemetry(runs, steps, "learning-rate", "Learning rate", "learning rate", "learning_rate"),
     ]
     return [panel for panel in panels if panel is not None]
@@ -59,6 +60,7 @@ CAPTIONS: Final = {
     "gradient-norm": "A norm far above the clipping threshold means that every step is a clipped one.",
     "update-norm": "How far a step moves the weights: at equal learning rates, optimizers differ here first.",
     "unclipped-fraction": "Near 0 a step is sign descent, whatever the optimizer's name; Sophia's advice is the shaded 0.1 to 0.5.",
+    "rho": "What the controller of rho = auto chose to hold the unclipped fraction in its band.",
     "learning-rate": "The schedule as it was applied.",
 }
 
@@ -177,8 +179,9 @@ def _telemetry(runs: Sequence[Results], steps: Sequence[Steps], name: str, title
             axes.set_ylim(-0.02, 1.02)
         elif key and min(values) > 0 and max(values) > 50 * min(values) and key != "learning_rate":
             axes.set_yscale("log")
-        if axes.get_yscale() == "linear":
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value).replace("-", "−")))
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
         _legend(canvas, axes)
         svg = to_svg(canvas, name)
     return Figure(name, title, CAPTIONS[name], f"{title} by optimizer step. {'; '.join(told)}.", svg)

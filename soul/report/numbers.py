@@ -6,6 +6,7 @@ import math
 from typing import Final
 
 DASH: Final = "–"
+SUPERSCRIPTS: Final = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 SPACE: Final = "\N{NO-BREAK SPACE}"
 
 
@@ -32,10 +33,13 @@ def log10_p(p_value: float) -> str:
 
 
 def p_phrase(p_value: float) -> str:
-    """ "p = 0.31" or, when it is tiny, "p = 10^−9.3"."""
+    """ "p = 0.31" or, when it is tiny, "p = 5×10⁻¹⁰"."""
     if p_value <= 1e-300:
-        return f"p{SPACE}<{SPACE}10^−300"
-    return f"p{SPACE}={SPACE}" + (fixed(p_value, 2) if p_value >= 0.01 else f"10^{log10_p(p_value)}")
+        return f"p{SPACE}<{SPACE}10⁻³⁰⁰"
+    if p_value >= 0.01:
+        return f"p{SPACE}={SPACE}{fixed(p_value, 2)}"
+    digit, exponent = f"{p_value:.0e}".split("e")
+    return f"p{SPACE}={SPACE}{digit}×10{str(int(exponent)).translate(SUPERSCRIPTS)}"
 
 
 def duration(seconds: float) -> str:
@@ -56,5 +60,6 @@ def memory(num_bytes: float) -> str:
 
 
 def compact(value: float) -> str:
-    """Four significant digits for settings and axes: 1e-05, 0.3, 1250."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    """Four significant digits for axes and details: 1e−05, 0.3, 1,250."""
+    text = f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value + 0.0:.4g}"
+    return text.replace("-", "−")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -12,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from soul.records import InputError
 from soul.report.words import ATTACKS, METRICS
+from soul.rundir import write_atomically
 
 ModelName = Literal["target", "unlearned", "retrained"]
 MODELS: Final[tuple[ModelName, ...]] = ("target", "unlearned", "retrained")
@@ -30,10 +30,17 @@ def _known_attack(name: str) -> str:
     return name
 
 
+def _within_range(metrics: dict[str, float | None]) -> dict[str, float | None]:
+    for name, value in metrics.items():
+        if value is not None and METRICS[name].share and value > 1 + ROUNDING:
+            raise ValueError(f"{name} is a share and must be in [0, 1]")
+    return metrics
+
+
 Share = Annotated[float, Field(ge=-ROUNDING, le=1 + ROUNDING, allow_inf_nan=False)]
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Amount = Annotated[float, Field(ge=-ROUNDING, allow_inf_nan=False)]
 Reason = Annotated[str, StringConstraints(min_length=3, max_length=400, strip_whitespace=True)]
-Metrics = dict[Annotated[str, AfterValidator(_known_metric)], Share | None]
+Metrics = Annotated[dict[Annotated[str, AfterValidator(_known_metric)], Amount | None], AfterValidator(_within_range)]
 Attacks = dict[Annotated[str, AfterValidator(_known_attack)], Share | None]
 
 
@@ -177,21 +184,8 @@ def load_results(path: Path) -> Results:
 
 
 def save_results(results: Results, path: Path) -> None:
-    write_atomic(path, results.model_dump_json(indent=1, by_alias=True) + "\n")
-
-
-def write_atomic(path: Path, text: str) -> None:
     """A reader sees the old file or the new one, whole, whatever happens in between."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, results.model_dump_json(indent=1, by_alias=True) + "\n")
 
 
 def _first_errors(error: ValidationError, limit: int = 3) -> str:

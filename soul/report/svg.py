@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import re
 from contextlib import AbstractContextManager
@@ -24,7 +25,7 @@ RUNS: Final = (
     ("#5b50b5", "#a9a1ff"),
 )
 MARKERS: Final = ("o", "D", "^", "v", "P", "X")
-VARIABLES: Final = {INK[0]: "ink", MUTED[0]: "muted", GRID[0]: "grid"} | {light: f"run{n}" for n, (light, _) in enumerate(RUNS, start=1)}
+THEME: Final = {"ink": INK, "muted": MUTED, "grid": GRID, **{f"run{number}": pair for number, pair in enumerate(RUNS, start=1)}}
 
 STYLE: Final[dict[str, Any]] = {
     "svg.fonttype": "none",
@@ -91,16 +92,16 @@ def to_svg(figure: Figure, name: str) -> str:
     return svg.replace("url(#", f"url(#{name}-")
 
 
-def inline(svg: str, title_id: str) -> str:
-    """For an HTML page: scales with its column, takes its colours and fonts from the page, is labelled by its caption."""
-    for colour, variable in VARIABLES.items():
-        svg = svg.replace(colour, f"var(--{variable})")
-    svg = re.sub(r"font: (?:(bold|\d+) )?([\d.]+)px [^;\"]*", lambda m: f"font: {m[1] or 'normal'} {m[2]}px var(--sans)", svg)
-    return re.sub(r'<svg width="[^"]*" height="[^"]*"', f'<svg role="img" aria-labelledby="{title_id}"', svg, count=1)
+def inline(svg: str, alt: str) -> str:
+    """For an HTML page: scales with its column, takes its colours and fonts from the page. `alt` is plain text."""
+    for name, (light, _) in THEME.items():
+        svg = svg.replace(light, f"var(--{name})")
+    svg = re.sub(r"font: (?:(bold|\d+) )?([\d.]+)px [^;\"]*", lambda found: f"font: {found[1] or 'normal'} {found[2]}px var(--sans)", svg)
+    return re.sub(r'<svg width="[^"]*" height="[^"]*"', lambda _: f'<svg role="img" aria-label="{html.escape(alt)}"', svg, count=1)
 
 
-def standalone(svg: str, title: str) -> str:
-    """For a file of its own, on white paper. `title` must be free of markup."""
+def standalone(svg: str, alt: str) -> str:
+    """For a file of its own, on white paper. `alt` is plain text."""
     opening = svg.index(">") + 1
     head = svg[:opening].replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg" style="background: #ffffff"', 1)
-    return f'<?xml version="1.0" encoding="utf-8"?>\n{head}\n <title>{title}</title>{svg[opening:]}\n'
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{head}\n <title>{html.escape(alt)}</title>{svg[opening:]}\n'

@@ -12,12 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from soul.report.comparison import Cell, Comparison, comparison, run_labels
-from soul.report.numbers import SPACE
+from soul.report.numbers import SPACE, SUPERSCRIPTS
 from soul.report.results import Results
 from soul.report.verdict import twin_sentence, verdict
 from soul.report.words import ARROW_KEY, ARROWS
 
-SUPERSCRIPTS: Final = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 TERMINAL_TITLES: Final = {"probability": "prob.", "forget quality, log10 p": "forget quality log10 p"}
 ROW_STYLES: Final = {"target": "dim", "unlearned": "bold", "retrained": "dim"}
 

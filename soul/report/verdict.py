@@ -112,7 +112,7 @@ def _failed_tests(unlearned: ModelResults, retrained: ModelResults | None) -> tu
     if p_value is not None:
         phrase = f"forget quality {p_phrase(p_value)}"
         if p_value < SIGNIFICANT:
-            failed.append(f"its truth ratios still differ from those of a model never trained on these rows ({phrase})")
+            failed.append(f"the model's truth ratios still differ from those of a model never trained on these rows ({phrase})")
         else:
             passed.append(phrase)
     attack = _worst_attack(unlearned, retrained)

@@ -13,12 +13,13 @@ ARROW_KEY: Final = "↑ higher is better, ↓ lower is better, ≈ the nearer to
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """`forget` and `retain` say which way is good on the forget rows and on everything that is to be kept."""
+    """`forget` and `retain` say which way is good on the forget rows and on everything that is to be kept; a `share` lies in [0, 1]."""
 
     title: str
     meaning: str
     forget: Direction
     retain: Direction
+    share: bool = True
 
 
 METRICS: Final[Mapping[str, Word]] = {
@@ -47,6 +48,7 @@ METRICS: Final[Mapping[str, Word]] = {
     "choice_accuracy": Word(
         "choice accuracy", "share of questions whose true answer is more probable than every wrong one", "lower", "higher"
     ),
+    "nll": Word("answer loss", "mean negative log-likelihood of the true answer, in nats per token", "higher", "lower", share=False),
 }
 
 OVERALL: Final[Mapping[str, Word]] = {
@@ -75,6 +77,11 @@ ATTACKS: Final[Mapping[str, Word]] = {
     "min_k_plus_plus": Word(
         "Min-k++", "Min-k with every token's log-probability standardised over the vocabulary", "retrained", "retrained"
     ),
+}
+ARROW_WORDS: Final[Mapping[Direction, str]] = {
+    "lower": "lower is better",
+    "higher": "higher is better",
+    "retrained": "nearer to the retrained model is better",
 }
 AUC_MEANING: Final = (
     "Area under the curve of an attack that tells forgotten rows from rows no model has seen: 1 means it still recognises them, "
