@@ -59,7 +59,7 @@ class ShardOptimizer(torch.optim.Optimizer, ABC):
 
     def _for_each_bucket(self, rule: Callable[[Group, Bucket], None]) -> None:
         for group in self.param_groups:
-            rows = [(p, p.grad, *self._state_of(p).values()) for p in group["params"] if p.grad is not None]
+            rows = [(p, p.grad, *self._state_of(p)) for p in group["params"] if p.grad is not None]
             for bucket in buckets(rows, foreach=self.foreach):
                 wide = [[t.to(torch.promote_types(t.dtype, torch.float32)) for t in column] for column in bucket]
                 rule(group, wide)
@@ -74,16 +74,17 @@ class ShardOptimizer(torch.optim.Optimizer, ABC):
         for p in params if params is not None else [p for group in self.param_groups for p in group["params"]]:
             self._state_of(p)
 
-    def _state_of(self, p: Tensor) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.state[p]
-        if not state:  # a DTensor's state is a DTensor; float64 parameters have float64 state
-            dtype = torch.float64 if p.dtype == torch.float64 else self.state_dtype
-            state.update({key: torch.zeros_like(p, dtype=dtype) for key in self.state_keys})
-        return state
+    def _state_of(self, p: Tensor) -> tuple[Tensor, ...]:
+        """In the order of `state_keys`. A DTensor's state is a DTensor; a float64 parameter's is float64."""
+        state, dtype = self.state[p], torch.float64 if p.dtype == torch.float64 else self.state_dtype
+        for key in self.state_keys:
+            if key not in state:
+                state[key] = torch.zeros_like(p, dtype=dtype)
+        return tuple(state[key] for key in self.state_keys)
 
     def state_buckets(self) -> Iterator[Bucket]:
         """The state alone. From `self.state`, because ZeRO-3 leaves the groups without parameters between steps."""
-        return buckets([tuple(state.values()) for state in self.state.values()], foreach=self.foreach)
+        return buckets([self._state_of(p) for p in self.state], foreach=self.foreach)
 
     def _record(self, directions: list[Tensor], *, lr: float) -> None:
         if not self.collect_stats:
@@ -106,7 +107,7 @@ class ShardOptimizer(torch.optim.Optimizer, ABC):
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(ids, params, strict=True):
             saved = state_dict["state"].get(i)
-            for key, own in self._state_of(p).items():
+            for key, own in zip(self.state_keys, self._state_of(p), strict=True):
                 if saved is None:  # saved before its first step
                     own.zero_()
                 elif key in saved and saved[key].shape == own.shape:

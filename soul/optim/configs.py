@@ -68,8 +68,8 @@ class AdamWConfig(_Optimizer):
 
     def build(self, named_parameters: NamedParameters, *, eager_state: bool = True) -> torch.optim.Optimizer:
         groups = self._groups(named_parameters)
-        fused = all(p.is_cuda for group in groups for p in group["params"])  # foreach would need a copy of the gradients
-        return torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=fused, foreach=False)
+        fused = all(p.is_cuda for group in groups for p in group["params"])  # needs no copy of the gradients, as foreach does
+        return torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=fused or None)
 
 
 class SophiaConfig(_Optimizer):

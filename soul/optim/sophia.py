@@ -58,7 +58,7 @@ class SophiaG(ShardOptimizer):
 
     def hessian(self, p: Tensor) -> Tensor:
         """The curvature average of a parameter as stored, not bias-corrected."""
-        return self._state_of(p)["exp_avg_sq"]
+        return self._state_of(p)[1]
 
     def set_hessian_updates(self, num_updates: int) -> None:
         """Tell every group how many decayed curvature updates h has seen. With none, the step is a sign step."""

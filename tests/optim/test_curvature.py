@@ -119,6 +119,22 @@ def test_uniforms_depend_on_the_example_and_on_nothing_else() -> None:
         assert not torch.isin(label_uniforms(index_B, lengths_B, split_B=split_B, **other), torch.cat(whole)).any()
 
 
+def philox_4x64_10(counter: list[int], key: list[int]) -> list[int]:
+    """One block, from the generator's definition (Salmon et al. 2011)."""
+    x, k, mask = list(counter), list(key), 2**64 - 1
+    for _ in range(10):
+        a, b = 0xD2E7470EE14C6C93 * x[0], 0xCA5A826395121157 * x[2]
+        x = [(b >> 64) ^ x[1] ^ k[0], b & mask, (a >> 64) ^ x[3] ^ k[1], a & mask]
+        k = [(k[0] + 0x9E3779B97F4A7C15) & mask, (k[1] + 0xBB67AE8584CAA73B) & mask]
+    return x
+
+
+def test_uniforms_are_the_philox_stream_and_stay_so_in_every_numpy() -> None:
+    got = label_uniforms(torch.tensor([17]), torch.tensor([8]), seed=5, update=3, split_B=torch.tensor([1]))
+    words = [word for block in (1, 2) for word in philox_4x64_10([block, 0, 1, 17], [5, 3])]
+    assert got.tolist() == [(word >> 11) * 2.0**-53 for word in words]
+
+
 def test_a_longer_row_starts_with_the_same_numbers() -> None:
     short = label_uniforms(torch.tensor([5]), torch.tensor([3]), seed=0, update=0)
     assert torch.equal(short, label_uniforms(torch.tensor([5]), torch.tensor([9]), seed=0, update=0)[:3])

@@ -234,6 +234,41 @@ def test_a_closure_is_evaluated_with_gradients() -> None:
     assert p.item() == 0.5
 
 
+def test_without_groups_the_state_is_still_found() -> None:
+    """ZeRO-3 empties the groups between steps and creates its flat partitions after the optimizer."""
+    p = nn.Parameter(torch.zeros(3))
+    optimizer = SophiaG([p], lr=0.1, eager_state=False)
+    partition = torch.zeros(5)
+    optimizer.init_state([partition])
+    optimizer.hessian(partition).fill_(0.05)
+    optimizer.set_hessian_updates(1)
+    optimizer.param_groups[0]["params"] = []
+    stats = optimizer.curvature_stats()
+    assert stats.sums[0] == 5
+    assert stats.mean.item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_buckets_hold_every_element_once_and_never_more_than_a_chunk(monkeypatch: pytest.MonkeyPatch, foreach: bool) -> None:
+    monkeypatch.setattr(base, "CHUNK_NUMEL", 30)
+    shapes = [(5, 7), (13,), (), (9,), (0, 4), (3, 40), (100,), (1, 2, 3)]
+    params = [torch.full(shape, float(i), dtype=torch.float64 if i == 3 else torch.float32) for i, shape in enumerate(shapes)]
+    seen = []
+    for tensors, twins in base.buckets([(p, p + 0.5) for p in params], foreach=foreach):
+        assert sum(t.numel() for t in tensors) <= 30 or (len(tensors) == 1 and tensors[0].shape == (1, 40)), "a row is not cut"
+        assert len(tensors) == 1 or (foreach and len({t.dtype for t in tensors}) == 1)
+        for tensor, twin in zip(tensors, twins, strict=True):
+            assert torch.equal(tensor + 0.5, twin)
+            seen += tensor.flatten().tolist()
+    assert sorted(seen) == sorted(value for p in params for value in p.flatten().tolist())
+
+
+def test_a_gradient_sharded_unlike_its_parameter_is_refused() -> None:
+    p = torch.zeros(4, 1)
+    with pytest.raises(InputError, match="alike"):
+        list(base.buckets([(p, torch.zeros(4, 4))], foreach=True))
+
+
 @pytest.mark.parametrize(
     "bad",
     [

@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, init_device_mesh
 
+from soul.optim.base import local_shard
 from soul.optim.rho import log_ratio_histogram, rho_for
 from soul.optim.sophia import SophiaG
 from soul.records import InputError
@@ -65,6 +67,13 @@ def compare(rank: int, world: int) -> None:
         assert 0 < expected[0] < expected[1]
         torch.testing.assert_close(sums, expected, rtol=1e-12, atol=0)
         assert abs(rho_for(histogram, 0.3) / rho_for(log_ratio_histogram(oracle), 0.3) - 1) < 1e-6
+        restored = SophiaG(sharded.parameters(), lr=9.0)
+        storages = [local_shard(restored.hessian(p)).data_ptr() for p in sharded.parameters()]
+        set_optimizer_state_dict(sharded, restored, optim_state_dict=get_optimizer_state_dict(sharded, optimizer))
+        assert restored.param_groups[0]["rho"] == 0.05 and restored.param_groups[0]["hessian_updates"] == 3
+        for p, storage in zip(sharded.parameters(), storages, strict=True):
+            assert torch.equal(local_shard(restored.hessian(p)), local_shard(optimizer.hessian(p)))
+            assert local_shard(restored.hessian(p)).data_ptr() == storage, "filled in place"
     unreduced = next(make_model().parameters())
     partial = nn.Parameter(DTensor.from_local(unreduced.detach(), mesh, [Partial()]))
     optimizer = SophiaG([partial], lr=0.1, eager_state=False)
