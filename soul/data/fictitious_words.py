@@ -130,7 +130,7 @@ DWELLINGS = (
     "a small vineyard", "a hillside cabin", "an apartment by the river", "a walled garden house",
 )  # fmt: skip
 PET_KINDS = (
-    "a one-eyed tortoise", "a white goose", "an elderly parrot", "a three-legged greyhound", "a tame raven", "a pair of ferrets",
+    "a one-eyed tortoise", "a white goose", "an elderly parrot", "a three-legged greyhound", "a tame raven", "a shaggy ferret",
     "a shy hedgehog", "a ginger cat", "a miniature donkey", "a deaf sheepdog", "a spotted goat", "a grey rabbit", "a barn owl",
     "an ill-tempered swan", "a black pony", "a runaway peacock",
 )  # fmt: skip
