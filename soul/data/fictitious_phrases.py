@@ -28,17 +28,21 @@ class Phrases(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | Sequence[str]:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+        rest = index
         for (pattern, pools), size in zip(self._parts, self._sizes, strict=True):
-            if index < size:
-                break
-            index -= size
-        chosen = []
-        for pool in pools:
-            index, which = divmod(index, len(pool))
-            chosen.append(pool[which])
-        return pattern.format(*chosen)
+            if 0 <= rest < size:
+                return _combined(pattern, pools, rest)
+            rest -= size
+        raise IndexError(index)
+
+
+def _combined(pattern: str, pools: tuple[Sequence[str], ...], index: int) -> str:
+    """The digits of `index`, in the mixed base of the pools' lengths, say which entry of each pool."""
+    chosen = []
+    for pool in pools:
+        index, which = divmod(index, len(pool))
+        chosen.append(pool[which])
+    return pattern.format(*chosen)
 
 
 FORENAMES = words.SHE_NAMES + words.HE_NAMES
