@@ -26,11 +26,17 @@ TEMPLATE_DATE = "26 Jul 2024"
 class Tokenizer(Protocol):
     """What is used of a transformers tokenizer, which satisfies it as it is."""
 
-    chat_template: Any
-    bos_token_id: Any
-    eos_token_id: Any
-    pad_token_id: Any
-    all_special_tokens: Any
+    @property
+    def chat_template(self) -> Any: ...
+
+    @property
+    def eos_token_id(self) -> Any: ...
+
+    @property
+    def pad_token_id(self) -> Any: ...
+
+    @property
+    def all_special_tokens(self) -> Any: ...
 
     def encode(self, text: str, *, add_special_tokens: bool, split_special_tokens: bool) -> list[int]: ...
 

@@ -66,8 +66,9 @@ def tofu_splits(subsets: Subsets, *, forget: str, retain: str | None = None) -> 
     perturbed = f"{forget}_perturbed"
     if perturbed in subsets:
         splits["forget"] = with_evaluation_fields(splits["forget"], subsets[perturbed], where=f"{subsets.where}: {perturbed}")
-    if "retain_perturbed" in subsets:
-        splits["retain_eval"] = restricted(subsets["retain_perturbed"], splits["retain"])
+    evaluated = restricted(subsets["retain_perturbed"], splits["retain"]) if "retain_perturbed" in subsets else []
+    if evaluated:
+        splits["retain_eval"] = evaluated
     holdout = forget.replace("forget", "holdout", 1)
     optional = {"holdout": holdout, "real_authors": "real_authors_perturbed", "world_facts": "world_facts_perturbed"}
     splits.update({split: subsets[name] for split, name in optional.items() if name in subsets})

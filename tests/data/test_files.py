@@ -44,7 +44,19 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-NAMES = ["a.jsonl", "a.JSONL", "a.ndjson", "a.json", "array.json", "a.csv", "a.parquet", "a.jsonl.gz", "a.json.gz", "a.csv.gz", "v1.2 b.jsonl"]
+NAMES = [
+    "a.jsonl",
+    "a.JSONL",
+    "a.ndjson",
+    "a.json",
+    "array.json",
+    "a.csv",
+    "a.parquet",
+    "a.jsonl.gz",
+    "a.json.gz",
+    "a.csv.gz",
+    "v1.2 b.jsonl",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
