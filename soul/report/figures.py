@@ -25,13 +25,18 @@ REFERENCES: Final = {"target": ("s", (0, (1, 1.6))), "retrained": ("*", (0, (5, 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """`svg` is the bare element; `alt` says in words what it shows."""
+    """`svg` is the bare element; `readings` say in words what it shows, one curve or point each."""
 
     name: str
     title: str
     caption: str
-    alt: str
+    subject: str
+    readings: tuple[str, ...]
     svg: str
+
+    @property
+    def alt(self) -> str:
+        return f"{self.subject}: {'; '.join(self.readings)}."
 
 
 def outcome_figures(runs: Sequence[Results]) -> list[Figure]:
@@ -77,7 +82,7 @@ def _trade_off(runs: Sequence[Results]) -> Figure | None:
                     continue
                 marker = REFERENCES[kind][0]
                 axes.plot(*point, marker, ms=13 if marker == "*" else 8, color=INK[0], label=label, ls="none", zorder=4)
-                told.append(f"{label}: {percent(point[0])} and {percent(point[1])}")
+                told.append(f"{label}: {percent(point[0])} reproduced, {percent(point[1])} kept")
                 heights.append(point[1])
         for position, (label, run) in enumerate(zip(run_labels(runs), runs, strict=True)):
             end = _pair(run.models["unlearned"])
@@ -89,7 +94,7 @@ def _trade_off(runs: Sequence[Results]) -> Figure | None:
             colour = run_colour(position)
             axes.plot([x for x, _ in points], [y for _, y in points], "-", color=colour, lw=1, alpha=0.55, marker=".", ms=4, zorder=2)
             axes.plot(*end, MARKERS[position % len(MARKERS)], ms=9, color=colour, label=label, ls="none", zorder=5)
-            told.append(f"{label}: {percent(end[0])} and {percent(end[1])}")
+            told.append(f"{label}: {percent(end[0])} reproduced, {percent(end[1])} kept")
             heights += [y for _, y in points]
         if not told:
             return None
@@ -99,9 +104,9 @@ def _trade_off(runs: Sequence[Results]) -> Figure | None:
         _share_axis(axes.yaxis, lowest=min(heights))
         _legend(canvas, axes)
         svg = to_svg(canvas, "trade-off")
-    alt = f"Share of forget rows reproduced against share of retain rows kept. {'; '.join(told)}."
     caption = "Top left is the goal: the forget rows gone, the rest kept. Thin lines are the way there, one dot per evaluated epoch."
-    return Figure("trade-off", "Forgetting against keeping", caption, alt, svg)
+    subject = "Share of forget rows reproduced against share of retain rows kept"
+    return Figure("trade-off", "Forgetting against keeping", caption, subject, tuple(told), svg)
 
 
 def _curves(runs: Sequence[Results], split: str) -> Figure | None:
@@ -134,10 +139,9 @@ def _curves(runs: Sequence[Results], split: str) -> Figure | None:
         _share_axis(axes.yaxis, lowest=min(heights))
         _legend(canvas, axes)
         svg = to_svg(canvas, f"{split}-curve")
-    alt = f"{METRICS[metric].title} on {title.lower()} per epoch. {'; '.join(told)}."
-    return Figure(
-        f"{split}-curve", f"{title} per epoch", f"{METRICS[metric].title} on the {split} rows after each epoch of unlearning.", alt, svg
-    )
+    word = METRICS[metric].title
+    caption = f"{word} on the {split} rows after each epoch of unlearning."
+    return Figure(f"{split}-curve", f"{title} per epoch", caption, f"{word} on {title.lower()} per epoch", tuple(told), svg)
 
 
 def _pair(model: ModelResults | None) -> tuple[float, float] | None:
@@ -184,7 +188,7 @@ def _telemetry(runs: Sequence[Results], steps: Sequence[Steps], name: str, title
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
         _legend(canvas, axes)
         svg = to_svg(canvas, name)
-    return Figure(name, title, CAPTIONS[name], f"{title} by optimizer step. {'; '.join(told)}.", svg)
+    return Figure(name, title, CAPTIONS[name], f"{title}, by optimizer step", tuple(told), svg)
 
 
 def _share_axis(axis: Axis, *, lowest: float) -> None:
