@@ -5,23 +5,25 @@ The same words work in Python (`Config(method={"name": "npo", "beta": 0.2})`), i
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 from pydantic_core.core_schema import ValidationInfo
 
+from soul.data.chat import ChatFormat
 from soul.data.columns import ColumnMap, parse_columns
 from soul.evaluate.evaluator import EvalSettings
 from soul.models.tiny import TinyConfig
-from soul.objectives.methods import NPO, MethodConfig, streamed_splits
+from soul.objectives.methods import NPO, MethodConfig
 from soul.optim.configs import OPTIMIZERS, OptimizerConfig
+from soul.rundir import digest
 from soul.train.config import TrainConfig
 from soul.train.engine import EngineConfig
 
 FICTITIOUS = "fictitious"
+OWN_FILES = "files"
 DEFAULT_FORGET = "forget05"
 
 # What a section means when it is one word instead of a mapping: `method: npo`, `--model DIR`.
@@ -51,14 +53,48 @@ class DataConfig(_Section):
     limit_forget: int | None = Field(None, ge=1, description="use the first rows of the forget split only (null: all)")
     limit_retain: int | None = Field(None, ge=1, description="use the first rows of the retain split only (null: all)")
     num_authors: int = Field(200, ge=1, description="invented authors of the fictitious benchmark, 20 questions each")
-    chat: str = Field("auto", min_length=1, description="prompt format: auto is the tokenizer's chat template, or plain Q/A without one")
+    seed: int = Field(0, ge=0, description="which authors the fictitious benchmark invents")
+    revision: str | None = Field(None, min_length=1, description="branch, tag or commit of a hub dataset (null: its main branch)")
+    chat: str = Field(
+        "auto",
+        min_length=1,
+        description="prompt format: auto (the tokenizer's chat template if it has one, else plain), chat, plain, or a text around {prompt}",
+    )
     max_length: int | None = Field(None, ge=8, description="longest row in tokens; longer answers are cut (null: the model's limit)")
     allow_overlap: bool = Field(False, description="accept rows that are in both the forget and the retain data")
+
+    @field_validator("chat")
+    @classmethod
+    def _known_format(cls, chat: str) -> str:
+        return ChatFormat(chat).choice
 
     @field_validator("columns", mode="before")
     @classmethod
     def _columns_as_text(cls, value: Any) -> Any:
         return parse_columns(value) if isinstance(value, str) else value
+
+    def for_benchmark(self, benchmark: str) -> DataConfig:
+        """These settings with the benchmark's defaults filled in.
+
+        Raises:
+            ValueError: a setting means nothing to the benchmark, or a file is missing.
+        """
+        if benchmark == "own":
+            if self.source not in (FICTITIOUS, OWN_FILES):
+                raise ValueError(
+                    "source belongs to benchmarks; own data comes from its forget and retain files. Remove data.source (--data)."
+                )
+            for name in ("forget", "retain"):
+                if getattr(self, name) is None:
+                    raise ValueError(f"own data needs a {name} file, got none. Set data.{name} (--{name}): JSONL, JSON, CSV or Parquet.")
+            return self.model_copy(update={"source": OWN_FILES})
+        for name in ("columns", "holdout"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} belongs to own data (pipelines/unlearn.py); a benchmark names its own. Remove data.{name}.")
+        for name in ("num_authors", "seed"):
+            if self.source != FICTITIOUS and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} belongs to the fictitious benchmark, got source {self.source}. Remove data.{name}.")
+        return self if self.forget is not None else self.model_copy(update={"forget": DEFAULT_FORGET})
 
 
 class ModelConfig(_Section):
@@ -76,7 +112,7 @@ class ModelConfig(_Section):
     tiny: TinyConfig = Field(TinyConfig(), description="shape of the tiny Llama that is trained when no path is given")
     revision: str | None = Field(None, min_length=1, description="branch, tag or commit of a hub id (null: its main branch)")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model; only for models you trust")
-    export_dtype: Literal["fp32", "bf16"] | None = Field(
+    export_dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="type of the saved weights (null: the type the target was saved in)"
     )
 
@@ -172,12 +208,8 @@ class Config(_Section):
 
     @field_validator("data")
     @classmethod
-    def _splits_of_the_benchmark(cls, data: DataConfig, info: ValidationInfo) -> DataConfig:
-        if info.data.get("benchmark") == "tofu":
-            return data if data.forget is not None else data.model_copy(update={"forget": DEFAULT_FORGET})
-        if data.forget is None:
-            raise ValueError("own data needs a forget file, got none. Set data.forget (--forget) to a JSONL, JSON, CSV or Parquet file.")
-        return data
+    def _data_of_the_benchmark(cls, data: DataConfig, info: ValidationInfo) -> DataConfig:
+        return data.for_benchmark(info.data.get("benchmark", "tofu"))
 
     @field_validator("engine")
     @classmethod
@@ -192,7 +224,7 @@ class Config(_Section):
     @classmethod
     def _known_twin(cls, twin: str | None) -> str | None:
         if twin is not None and twin not in OPTIMIZERS:
-            raise ValueError(f"twin must be one of {', '.join(OPTIMIZERS)}")
+            raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": " or ".join(map(repr, OPTIMIZERS))})
         return twin
 
     @model_validator(mode="after")
@@ -203,8 +235,6 @@ class Config(_Section):
             raise ValueError("twin_learning_rate needs a twin, got none. Set twin (--twin) as well.")
         if self.benchmark == "own" and self.model.path is None:
             raise ValueError("own data needs a model that has seen it, got none. Set model.path (--model) to a folder or a hub id.")
-        if self.benchmark == "own" and self.data.retain is None and "retain" in streamed_splits(self.method):
-            raise ValueError(f"method {self.method.name} needs retain rows, got none. Set data.retain (--retain) to a file.")
         return self
 
     @property
@@ -301,9 +331,8 @@ class EvaluateConfig(_Section):
 
     @field_validator("data")
     @classmethod
-    def _default_forget(cls, data: DataConfig, info: ValidationInfo) -> DataConfig:
-        named = data.forget is not None or info.data.get("benchmark") != "tofu"
-        return data if named else data.model_copy(update={"forget": DEFAULT_FORGET})
+    def _data_of_the_benchmark(cls, data: DataConfig, info: ValidationInfo) -> DataConfig:
+        return data.for_benchmark(info.data.get("benchmark", "tofu"))
 
     @model_validator(mode="after")
     def _model_and_data(self) -> Self:
@@ -311,18 +340,16 @@ class EvaluateConfig(_Section):
             raise ValueError("model.path: expected a model folder or a hub id, got none.")
         if self.model.finetune:
             raise ValueError("finetune means nothing to an evaluation. Remove it.")
-        if self.data.forget is None:
-            raise ValueError("own data needs a forget file, got none. Set data.forget (--forget) to a JSONL, JSON, CSV or Parquet file.")
         return self
 
 
-def expand_short_forms(values: dict[str, Any]) -> dict[str, Any]:
-    """`method: npo` as `method: {name: npo}`; a tagged section without a name gets the default one's."""
+def expand_short_forms(values: dict[str, Any], *, defaults: bool = True) -> dict[str, Any]:
+    """`method: npo` as `method: {name: npo}`; with `defaults`, a method or optimizer without a name gets the default one's."""
     expanded = dict(values)
     for section, field in SHORT_FORM.items():
         if isinstance(expanded.get(section), str):
             expanded[section] = {field: expanded[section]}
-    for section in ("method", "optimizer"):
+    for section in ("method", "optimizer") if defaults else ():
         given = expanded.get(section)
         if isinstance(given, dict) and "name" not in given:
             expanded[section] = {"name": Config.model_fields[section].default.name, **given}
@@ -343,7 +370,7 @@ def prepare_key(config: Config, fingerprint: str, kind: Literal["target", "retra
         "prepare": config.preparation.model_dump() if config.makes_target else None,
         "precision": config.engine.precision,
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
+    return digest(facts, length=20)
 
 
 def _weights_stamp(path: str) -> list[tuple[str, int, int]]:

@@ -1,0 +1,13 @@
+"""Unlearn a split of TOFU, or of invented authors in its shape. Without arguments this is the demo; --help explains every flag."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs without installation
+
+from soul.cli import run_command
+
+if __name__ == "__main__":
+    sys.exit(run_command("tofu", prog="pipelines/tofu.py"))

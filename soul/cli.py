@@ -1,0 +1,293 @@
+"""The console command `soul` and the scripts of pipelines/: flags in, an exit code out (0 done, 1 failure, 2 bad input).
+
+What a command needs is imported by the command: `soul score` starts without torch, nothing but a run starts Ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pydantic import ValidationError
+
+from soul.records import InputError
+
+if TYPE_CHECKING:
+    from soul.config import Config
+
+DONE, FAILURE, BAD_INPUT = 0, 1, 2
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+
+# `soul tofu` without data, model and config file: a few minutes on two cores.
+DEMO: dict[str, Any] = {"data": {"num_authors": 40}, "twin": "adamw"}
+DEMO_TEXT = (
+    "Unlearn a split of a benchmark. Without --data, --model and --config this is the demo: 40 invented authors, a tiny Llama trained "
+    "from scratch on them, NPO with Sophia and with AdamW beside it."
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises `InputError` where argparse would exit, and knows the nearest flag."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=_Wide, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}. {self.prog} --help lists what there is.")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse all of `argv`.
+
+        Raises:
+            InputError: an unknown flag, a flag without its value, or a word too many.
+        """
+        parsed, extra = self.parse_known_args(list(argv))
+        unknown = [word.split("=")[0] for word in extra if word.startswith("-")]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], self._option_string_actions, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise InputError(f"unknown flag {unknown[0]}.{hint} {self.prog} --help lists what there is.")
+        if extra:
+            raise InputError(f"{len(extra)} word(s) too many behind the flags. A value with spaces needs quotes.")
+        return parsed
+
+
+class _Wide(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=140)
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    summary: str
+    add: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, on the way out like Ctrl-C."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script. Returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return DONE
+    if words[0] == "--version":
+        print(f"soul {metadata.version('soul-unlearning')}")
+        return DONE
+    if words[0] not in COMMANDS:
+        near = difflib.get_close_matches(words[0], COMMANDS, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        return _complain(f"expected a command ({', '.join(COMMANDS)}), got {words[0]}.{hint}")
+    return run_command(words[0], words[1:])
+
+
+def run_command(command: str, argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+    """Run one command with its flags; `prog` is the name that help shows. Returns the exit code.
+
+    Failures that are nobody's input (a defect, a dead worker) pass through as exceptions: the interpreter prints them and exits with 1.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    verbose = "--verbose" in words
+    _stop_on_sigterm()
+    try:
+        parsed = build_parser(command, prog=prog).parse(words)
+        logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+        return COMMANDS[command].run(parsed)
+    except InputError as error:
+        if verbose:
+            logging.getLogger(__name__).info("bad input", exc_info=error)
+        return _complain(str(error))
+    except ValidationError as error:
+        return _complain("\n".join(_problems(error)))
+    except (ArithmeticError, OSError) as error:
+        if verbose:
+            raise
+        print(f"failed: {type(error).__name__}: {error}", file=sys.stderr)
+        return FAILURE
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
+        return TERMINATED if isinstance(stop, _Terminated) else INTERRUPTED
+    except SystemExit as done:  # argparse has printed the help
+        return done.code if isinstance(done.code, int) else DONE
+
+
+def build_parser(command: str, *, prog: str | None = None) -> Parser:
+    """The parser of one command, its flags generated from the config."""
+    chosen = COMMANDS[command]
+    parser = Parser(prog=prog or f"soul {command}", description=chosen.summary)
+    chosen.add(parser)
+    return parser
+
+
+def _add_run(command: str) -> Callable[[argparse.ArgumentParser], None]:
+    def add(parser: argparse.ArgumentParser) -> None:
+        from soul.flags import add_flags, flags_of
+
+        parser.set_defaults(command=command)
+        parser.add_argument("--config", metavar="FILE", help="YAML file of settings, nested by section; flags override it")
+        parser.add_argument("--dry-run", action="store_true", help="print settings, batch arithmetic and memory estimate; train nothing")
+        add_flags(parser, flags_of(command))
+
+    return add
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    config = config_of(parsed)
+    for warning in config.warnings():
+        print(f"warning: {warning}", file=sys.stderr)
+    if parsed.dry_run:
+        from soul.dry_run import dry_run
+
+        print(dry_run(config))
+        return DONE
+    from soul.orchestration import pipeline
+
+    with _resumable(config.output):
+        print(pipeline.run(config))
+    return DONE
+
+
+def config_of(parsed: argparse.Namespace) -> Config:
+    """The config that the flags of `tofu` or `unlearn` describe.
+
+    Raises:
+        InputError: a setting is unknown, out of range or means nothing here; one line per problem.
+    """
+    from soul.flags import flags_of, given_settings
+    from soul.settings import load_config
+
+    overrides, labels = given_settings(parsed, flags_of(parsed.command))
+    preset: dict[str, Any] = {"benchmark": "own", "output": "runs/own"}
+    if parsed.command == "tofu":
+        is_demo = parsed.config is None and "source" not in overrides.get("data", {}) and "path" not in overrides.get("model", {})
+        preset = DEMO if is_demo else {}
+    return load_config(parsed.config, overrides, labels=labels, preset=preset)
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    from soul.flags import add_flags, flags_of
+
+    parser.add_argument("model_dir", metavar="MODEL_DIR", help="Hugging Face folder, hub id, or run directory's model folder")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings, nested by section; flags override it")
+    add_flags(parser, flags_of("evaluate"))
+
+
+def _evaluate(parsed: argparse.Namespace) -> int:
+    from soul.config import EvaluateConfig
+    from soul.flags import flags_of, given_settings
+    from soul.settings import load_settings
+
+    overrides, labels = given_settings(parsed, flags_of("evaluate"))
+    overrides.setdefault("model", {})["path"] = parsed.model_dir
+    config = load_settings(EvaluateConfig, parsed.config, overrides, labels=labels)
+    from soul.orchestration import pipeline
+
+    print(pipeline.evaluate_folder(config))
+    return DONE
+
+
+def _add_score(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "log", metavar="LOG", help="evaluation log of TOFU or OpenUnlearning: .json, .json.gz, or the folder that holds one"
+    )
+    parser.add_argument("--retrained", metavar="LOG", help="log of the retrained model: adds forget quality and PrivLeak [default: none]")
+
+
+def _score(parsed: argparse.Namespace) -> int:
+    from soul.evaluate.logs import read_log
+    from soul.evaluate.score import score_log
+
+    retrained = None if parsed.retrained is None else read_log(parsed.retrained)
+    print(json.dumps(score_log(read_log(parsed.log), retrained), indent=2, allow_nan=False))
+    return DONE
+
+
+def _add_resume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN", help="run directory of an interrupted run")
+    parser.add_argument("--verbose", action="store_true", help="log more, and show tracebacks of bad input")
+
+
+def _resume(parsed: argparse.Namespace) -> int:
+    folder = Path(parsed.run_dir)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{parsed.run_dir} is no run directory: expected a config.json in it. Start a run with soul tofu or soul unlearn.")
+    from soul.orchestration import pipeline
+
+    with _resumable(parsed.run_dir):
+        print(pipeline.resume(folder))
+    return DONE
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="run directories; several are compared in one report")
+    parser.add_argument("--output", metavar="DIR", help="folder of the report [default: in the run, or beside the first of several]")
+
+
+def _report(parsed: argparse.Namespace) -> int:
+    from soul.report.build import build_report
+
+    print(build_report([Path(run) for run in parsed.runs], None if parsed.output is None else Path(parsed.output)).html)
+    return DONE
+
+
+COMMANDS: dict[str, Command] = {
+    "tofu": Command(DEMO_TEXT, _add_run("tofu"), _run),
+    "unlearn": Command("Unlearn files of your own from a model of your own.", _add_run("unlearn"), _run),
+    "evaluate": Command("Measure a model folder or hub id, without training.", _add_evaluate, _evaluate),
+    "score": Command("Metrics of a published evaluation log, as one JSON object.", _add_score, _score),
+    "resume": Command("Continue an interrupted run.", _add_resume, _resume),
+    "report": Command("Write the report of one run, or of several side by side.", _add_report, _report),
+}
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10} {command.summary.split('. ')[0].rstrip('.')}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: soul COMMAND [FLAGS]     soul COMMAND --help explains every flag", "", *lines])
+
+
+def _problems(error: ValidationError) -> list[str]:
+    from soul.config import Config
+    from soul.settings import problems
+
+    return problems(error, Config)
+
+
+def _complain(text: str) -> int:
+    for line in text.splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return BAD_INPUT
+
+
+@contextmanager
+def _resumable(run_dir: str) -> Iterator[None]:
+    """Say on the way out of an interrupted run how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        stop.args = (f"interrupted. Continue with: soul resume {run_dir}",)
+        raise
+
+
+def _stop_on_sigterm() -> None:
+    """Let SIGTERM take the way of Ctrl-C, so that it leaves a resumable run too. Only the main thread may say so."""
+
+    def stop(_: int, __: FrameType | None) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)

@@ -1,0 +1,209 @@
+"""Command-line flags, generated from the config sections: one flag per setting, with the setting's own description and default.
+
+Flags carry text; the config validates it, so that ranges and choices fail with the same words as in YAML and Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import types
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from soul.config import Config, EvaluateConfig
+from soul.settings import leaves
+
+ROOTS: dict[str, type[BaseModel]] = {"tofu": Config, "unlearn": Config, "evaluate": EvaluateConfig}
+
+# Settings that a command has no use for: it decides them itself, or they belong to the other kind of data.
+LEFT_OUT: dict[str, tuple[str, ...]] = {
+    "tofu": ("benchmark", "data.holdout", "data.columns", "model.tiny.name"),
+    "unlearn": ("benchmark", "data.source", "data.num_authors", "data.seed", "data.revision", "model.tiny"),
+    "evaluate": ("model.path", "model.finetune", "model.tiny", "model.export_dtype"),
+}
+# A flag is the last word of its setting, unless that word would be ambiguous or clumsy.
+NAMES = {
+    "data.source": "data",
+    "data.seed": "data-seed",
+    "data.revision": "data-revision",
+    "model.path": "model",
+    "method.name": "method",
+    "optimizer.name": "optimizer",
+    "engine.name": "engine",
+}
+PREFIXES = {"prepare": "prepare-", "model.tiny": "tiny-", "evaluate": "eval-"}
+TITLES = {
+    "": "run",
+    "data": "data",
+    "model": "model",
+    "model.tiny": "tiny model (trained from scratch when there is no --model)",
+    "prepare": "preparation (training of target and retrained model, where they are not given)",
+    "method": "method",
+    "optimizer": "optimizer",
+    "train": "unlearning",
+    "engine": "engine",
+    "evaluate": "evaluation",
+}
+NONE_WORDS = ("none", "null")
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """One setting as a flag. `owners` are the choices of a method or optimizer that have it, empty where all do."""
+
+    key: str
+    name: str
+    description: str
+    default: str
+    owners: tuple[str, ...]
+    choices: tuple[str, ...]
+    is_switch: bool
+    is_optional: bool
+    is_list: bool
+
+    @property
+    def section(self) -> str:
+        return self.key.rpartition(".")[0]
+
+    @property
+    def help(self) -> str:
+        """The description with owners and default; argparse reads % as a format."""
+        only = f" ({' and '.join(self.owners)} only)" if self.owners else ""
+        return f"{self.description.rstrip('.')}{only} [default: {self.default}]".replace("%", "%%")
+
+
+def flags_of(command: str) -> list[Flag]:
+    """The flags of a command, in the order of its config."""
+    root = ROOTS[command]
+    left_out = LEFT_OUT[command]
+    defaults = root.model_fields
+    found = []
+    for key, owners in _settings(root).items():
+        if any(key == item or key.startswith(f"{item}.") for item in left_out):
+            continue
+        section = key.split(".")[0]
+        default = defaults[section].default if section in defaults else PydanticUndefined
+        found.append(_flag(key, owners, num_choices=len(_choices(root, section)), default_section=default))
+    return found
+
+
+def _settings(root: type[BaseModel]) -> dict[str, list[type[BaseModel]]]:
+    """`leaves`, with the column map as the one setting it is on a command line."""
+    found: dict[str, list[type[BaseModel]]] = {}
+    for key, owners in leaves(root).items():
+        if key.startswith("data.columns."):
+            found["data.columns"] = [type(root.model_fields["data"].default)]
+        else:
+            found[key] = owners
+    return found
+
+
+def _choices(root: type[BaseModel], section: str) -> Sequence[type[BaseModel]]:
+    """The alternatives of a section, such as the methods; one or none for the others."""
+    return leaves(root).get(f"{section}.name", []) if section in ("method", "optimizer") else []
+
+
+def _flag(key: str, owners: list[type[BaseModel]], *, num_choices: int, default_section: Any) -> Flag:
+    section, _, last = key.rpartition(".")
+    infos = [owner.model_fields[last] for owner in owners]
+    tagged = num_choices > 1
+    names = [str(owner.model_fields["name"].default) for owner in owners] if tagged else []
+    is_choice = tagged and last == "name"
+    annotation = infos[0].annotation
+    return Flag(
+        key=key,
+        name=f"--{NAMES.get(key) or PREFIXES.get(section, '') + last.replace('_', '-')}",
+        description="; ".join(f"{owner.model_fields['name'].default}: {_summary(owner)}" for owner in owners)
+        if is_choice
+        else infos[0].description or "",
+        default=str(default_section.name) if is_choice else _default(infos, names),
+        owners=tuple(names) if tagged and len(names) < num_choices else (),
+        choices=tuple(names) if is_choice else _literals(annotation),
+        is_switch=annotation is bool,
+        is_optional=type(None) in get_args(annotation),
+        is_list=_is_tuple(annotation),
+    )
+
+
+def _summary(section: type[BaseModel]) -> str:
+    """The first sentence of a section's docstring."""
+    return " ".join((section.__doc__ or "").split()).split(". ")[0].rstrip(".")
+
+
+def _default(infos: Sequence[FieldInfo], names: Sequence[str]) -> str:
+    shown = [_shown(info.default) for info in infos]
+    if len(set(shown)) <= 1:
+        return shown[0]
+    return ", ".join(f"{name} {value}" for name, value in zip(names, shown, strict=True))
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, BaseModel):
+        return "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _literals(annotation: Any) -> tuple[str, ...]:
+    """The words that a setting can be, where there are only words."""
+    if get_origin(annotation) is Literal:
+        return tuple(map(str, get_args(annotation)))
+    if get_origin(annotation) in (Union, types.UnionType):
+        members = [member for member in get_args(annotation) if member is not type(None)]
+        return _literals(members[0]) if len(members) == 1 else ()
+    return ()
+
+
+def _is_tuple(annotation: Any) -> bool:
+    members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    return any(get_origin(member) in (tuple, list) for member in members)
+
+
+def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
+    """One group of flags per section."""
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for flag in flags:
+        if flag.section not in groups:
+            groups[flag.section] = parser.add_argument_group(TITLES[flag.section])
+        group = groups[flag.section]
+        if flag.is_switch:
+            group.add_argument(flag.name, dest=flag.key, action=argparse.BooleanOptionalAction, default=None, help=flag.help)
+        else:
+            group.add_argument(flag.name, dest=flag.key, default=None, metavar=_metavar(flag), help=flag.help)
+
+
+def _metavar(flag: Flag) -> str:
+    if flag.choices:
+        return "{" + ",".join(flag.choices) + "}"
+    return "A,B" if flag.is_list else flag.name.rpartition("-")[2].upper()
+
+
+def given_settings(parsed: argparse.Namespace, flags: Iterable[Flag]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The flags that were given as nested settings, and the flag behind each dotted key for messages."""
+    nested: dict[str, Any] = {}
+    labels: dict[str, str] = {}
+    for flag in flags:
+        value = getattr(parsed, flag.key)
+        if value is None:
+            continue
+        labels[flag.key] = flag.name
+        place = nested
+        *sections, last = flag.key.split(".")
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = _value(flag, value)
+    return nested, labels
+
+
+def _value(flag: Flag, value: Any) -> Any:
+    if isinstance(value, bool):
+        return value
+    if flag.is_optional and value.lower() in NONE_WORDS:
+        return None
+    return [part.strip() for part in value.split(",")] if flag.is_list else value
