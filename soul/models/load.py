@@ -30,7 +30,9 @@ def check_model_folder(name_or_path: str) -> None:
     if not any(path.glob("*.safetensors")):
         pickled = sorted(item.name for item in path.glob("*.bin"))
         found = f"only pickled weights ({', '.join(pickled[:3])})" if pickled else "no weights"
-        raise InputError(f"model folder {path} has {found}, expected *.safetensors. Convert it with save_pretrained (safetensors is its default).")
+        raise InputError(
+            f"model folder {path} has {found}, expected *.safetensors. Convert it with save_pretrained (safetensors is its default)."
+        )
 
 
 def load_tokenizer(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -77,7 +79,9 @@ def load_model(
             attn_implementation=attention,
         )
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"no causal language model could be loaded from {name_or_path} ({type(error).__name__}): {_first_line(error)}") from error
+        raise InputError(
+            f"no causal language model could be loaded from {name_or_path} ({type(error).__name__}): {_first_line(error)}"
+        ) from error
     model.config.use_cache = False
     return model
 

@@ -59,7 +59,9 @@ class NPO(_Config):
 
     name: Literal["npo"] = "npo"
     beta: float = Field(0.1, gt=0, description="inverse temperature of the NPO term")
-    reduction: Literal["sum", "mean"] = Field("sum", description="log-ratio per sequence: token sum (the NPO paper) or mean (SOUL's release)")
+    reduction: Literal["sum", "mean"] = Field(
+        "sum", description="log-ratio per sequence: token sum (the NPO paper) or mean (SOUL's release)"
+    )
     retain_weight: RetainWeight = 1.0
 
     def terms(self) -> tuple[Term, ...]:

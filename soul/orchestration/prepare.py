@@ -50,9 +50,7 @@ def starting_model(config: Config, benchmark: Benchmark, cache: Path) -> str:
     return str(folder)
 
 
-def prepared_model(
-    config: Config, kind: Kind, *, start: str, stores: Mapping[str, Path], cache: Path, display: Display
-) -> Prepared:
+def prepared_model(config: Config, kind: Kind, *, start: str, stores: Mapping[str, Path], cache: Path, display: Display) -> Prepared:
     """The target (trained on everything) or the retrained model (on everything but the forget set)."""
     splits = [split for split in ("forget", "retain", *WORLD_SETS) if split in stores]
     if config.model.finetune:
@@ -78,6 +76,6 @@ def prepared_model(
         revision=config.model.revision,
         trust_remote_code=config.model.trust_remote_code,
     )
-    fit(job, name="checkpoints", on_progress=lambda step, total: display.update(f"train {kind} model", step, total))
+    fit(job, name="train", on_progress=lambda step, total: display.update(f"train {kind} model", step, total))
     run.finish("train", key, {"splits": splits})
     return Prepared(str(run.model), key)

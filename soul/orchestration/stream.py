@@ -100,7 +100,7 @@ def step_dataset(job: TrainJob, *, world: int, start: int, stop: int) -> ray.dat
 
 
 def ray_steps(job: TrainJob, feed: LocalFeed, start: int, stop: int) -> Iterator[Sequence[Batch]]:
-    """This rank's micro-batches of steps `start` to `stop`, streamed by Ray Data. Call on every rank of a Ray Train group."""
+    """One rank's micro-batches of steps `start` to `stop`, streamed by Ray Data. Call on every rank of a Ray Train group."""
     if stop <= start:
         return
     shared = None
@@ -115,7 +115,9 @@ def ray_steps(job: TrainJob, feed: LocalFeed, start: int, stop: int) -> Iterator
             if expected == stop:
                 break
             if (row["step"], row["rank"]) != (expected, feed.rank):
-                raise RuntimeError(f"rank {feed.rank} expected step {expected}, Ray Data delivered step {row['step']} of rank {row['rank']}")
+                raise RuntimeError(
+                    f"rank {feed.rank} expected step {expected}, Ray Data delivered step {row['step']} of rank {row['rank']}"
+                )
             yield _decode(row, feed.pad_id)
             expected += 1
     if expected != stop:

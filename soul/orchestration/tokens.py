@@ -114,13 +114,15 @@ def _tokenizer_stamp(folder: str) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else folder
 
 
-Fragment = FileSplit | ray.ObjectRef
+Fragment = FileSplit | ray.ObjectRef[list[Record]]
 
 
 def _fragments(rows: Rows) -> list[Fragment]:
     """One per file, or per few thousand records (in the object store: a task's arguments could be logged)."""
     if isinstance(rows, FileSplit):
-        return [FileSplit(uri, rows.columns, rows.limit, rows.forbidden) for uri in list_files(rows.uri)] if _is_folder(rows.uri) else [rows]
+        return (
+            [FileSplit(uri, rows.columns, rows.limit, rows.forbidden) for uri in list_files(rows.uri)] if _is_folder(rows.uri) else [rows]
+        )
     starts = range(0, max(len(rows), 1), RECORDS_PER_PART)
     return [ray.put(list(rows[start : start + RECORDS_PER_PART])) for start in starts]
 

@@ -14,15 +14,20 @@ from typing import Any
 
 import ray
 import ray.train
+import ray.train.torch
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
+from ray.train.torch import TorchConfig
 
 from soul.orchestration.stream import ray_steps
 from soul.train.engine import Engine
 from soul.train.engines import make_engine
 from soul.train.job import JobResult, TrainJob, run_job
 from soul.train.loop import NonFiniteLoss, Progress
+
+# Ray chooses the V2 classes at import; what type checkers see under these names is V1's.
+TorchTrainer: Any = ray.train.torch.TorchTrainer
+RunConfig: Any = ray.train.RunConfig
 
 OnProgress = Callable[[int, int], None]
 
@@ -50,9 +55,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     job: TrainJob = config["job"]
     context = ray.train.get_context()
     torch.set_num_threads(config["threads"])
-    engine = make_engine(
-        job.engine, rank=context.get_world_rank(), world=context.get_world_size(), local_rank=context.get_local_rank()
-    )
+    engine = make_engine(job.engine, rank=context.get_world_rank(), world=context.get_world_size(), local_rank=context.get_local_rank())
 
     def run(resume_from: Path | None) -> JobResult:
         return run_job(
@@ -86,10 +89,12 @@ def fit(job: TrainJob, *, name: str, max_failures: int = 2, on_progress: OnProgr
         train_worker,
         train_loop_config={"job": job, "threads": threads},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=600),
-        scaling_config=ScalingConfig(num_workers=job.engine.num_workers, use_gpu=use_gpu, resources_per_worker=None if use_gpu else {"CPU": 1}),
+        scaling_config=ScalingConfig(
+            num_workers=job.engine.num_workers, use_gpu=use_gpu, resources_per_worker=None if use_gpu else {"CPU": 1}
+        ),
         run_config=RunConfig(
             name=name,
-            storage_path=str(Path(job.run_dir).resolve()),
+            storage_path=str(Path(job.run_dir).resolve() / "checkpoints"),
             failure_config=FailureConfig(max_failures=max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=job.train.keep_checkpoints),
             logging_config=LoggingConfig(log_level="ERROR"),

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from soul.batch import Batch
 from soul.data.feed import LocalFeed
@@ -35,8 +36,8 @@ MakeSteps = Callable[[LocalFeed, int, int], Iterable[Sequence[Batch]]]
 class TrainJob:
     """Everything a rank needs, as paths and settings: no rows, so nothing of the data can leak through a log of it.
 
-    `stores` maps each streamed split to its token stores, read one behind the other; `reference` is the .npy file of the leading split's reference log-probabilities;
-    `probes` maps a name to the store (and row limit) it is cheaply evaluated on after an epoch.
+    `stores` maps each streamed split to its token stores, read one behind the other; `reference` is the .npy file of the leading
+    split's reference log-probabilities; `probes` maps a name to the store it is cheaply evaluated on after an epoch.
     """
 
     model: str
@@ -137,9 +138,17 @@ def run_job(
         progress=progress,
         hooks=Hooks(after_step, after_epoch),
     )
-    dtype = None if job.export_dtype is None else getattr(torch, job.export_dtype)
-    engine.export(Path(job.export), tokenizer=tokenizer, dtype=dtype)
+    engine.export(Path(job.export), tokenizer=tokenizer, dtype=_export_dtype(job))
     return JobResult(progress.step, progress.tokens, progress.seconds, peak_memory_bytes(engine), state_bytes(engine), progress.epochs)
+
+
+def _export_dtype(job: TrainJob) -> torch.dtype:
+    """As asked for, or the type the starting model was saved in."""
+    if job.export_dtype is not None:
+        chosen = getattr(torch, job.export_dtype)
+    else:
+        chosen = AutoConfig.from_pretrained(job.model, revision=job.revision, trust_remote_code=job.trust_remote_code).dtype
+    return chosen if isinstance(chosen, torch.dtype) else torch.float32
 
 
 class _StepLog:

@@ -55,7 +55,10 @@ class Telemetry:
             squared = self._over_shards(adamw_update_squared_norm(optimizer).to(self.engine.device))
             return {"update_norm": math.sqrt(float(squared)), "unclipped_fraction": None, "rho": None}
         sums = self._over_shards(optimizer.take_stats().sums.to(self.engine.device))
-        row = {"update_norm": math.sqrt(float(sums[3])), "unclipped_fraction": float(sums[0] / sums[1].clamp(min=1))}
+        row: dict[str, float | None] = {
+            "update_norm": math.sqrt(float(sums[3])),
+            "unclipped_fraction": float(sums[0] / sums[1].clamp(min=1)),
+        }
         row["rho"] = optimizer.param_groups[0].get("rho")
         if isinstance(optimizer, SophiaG):
             curvature = self._over_shards(optimizer.curvature_stats().sums.to(self.engine.device))

@@ -1,0 +1,61 @@
+"""One arm of a run: unlearn the target with one optimizer, into one run directory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from soul.config import Config
+from soul.objectives.methods import TITLES, needs_reference
+from soul.orchestration.data import cache_of, trained_splits
+from soul.orchestration.prepare import Prepared
+from soul.orchestration.progress import Display
+from soul.orchestration.reference import reference_logps
+from soul.orchestration.train import fit
+from soul.rundir import RunDir, digest
+from soul.train.job import JobResult, TrainJob
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", None: None}
+
+
+def unlearn(config: Config, target: Prepared, stores: Mapping[str, Path], display: Display) -> JobResult:
+    """Train one arm to its end, or return what a finished one measured."""
+    run = RunDir(Path(config.output).resolve())
+    splits = trained_splits(config)
+    settings = config.model_dump(mode="json", include={"method", "optimizer", "train", "engine"})
+    key = digest([settings, target.key, [stores[split].name for split in splits]])
+    done: dict[str, Any] | None = run.finished("train", key)
+    title = f"{TITLES[config.method.name]} with {config.optimizer.name}"
+    if done is not None:
+        display.say(f"{title}: done before ({run.path})")
+        return JobResult(**done)
+    reference = None
+    if needs_reference(config.method):
+        reference = reference_logps(
+            target.path,
+            stores[splits[0]],
+            cache=cache_of(config),
+            revision=config.model.revision,
+            trust_remote_code=config.model.trust_remote_code,
+            model_key=target.key,
+        )
+    job = TrainJob(
+        model=target.path,
+        export=str(run.model),
+        run_dir=str(run.path),
+        method=config.method,
+        optimizer=config.optimizer,
+        train=config.train,
+        engine=config.engine,
+        stores={split: (str(stores[split]),) for split in splits},
+        reference=None if reference is None else str(reference),
+        probes={"forget": str(stores["forget"]), "retain": str(stores["retain"])},
+        revision=config.model.revision,
+        trust_remote_code=config.model.trust_remote_code,
+        export_dtype=DTYPES[config.model.export_dtype],
+    )
+    result = fit(job, name=key, on_progress=lambda step, total: display.update(f"unlearn: {title}", step, total))
+    run.finish("train", key, dataclasses.asdict(result))
+    return result
