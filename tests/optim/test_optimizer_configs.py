@@ -37,6 +37,19 @@ def test_matrices_decay_and_biases_and_norms_do_not(name: str) -> None:
     assert all(group["lr"] == 3e-4 for group in optimizer.param_groups)
 
 
+def test_the_stacked_biases_of_experts_are_biases() -> None:
+    experts = {"experts.up_proj": nn.Parameter(torch.zeros(4, 3, 3)), "experts.up_proj_bias": nn.Parameter(torch.zeros(4, 3))}
+    optimizer = SophiaConfig().build(experts.items())
+    assert [[p.shape for p in group["params"]] for group in optimizer.param_groups] == [[(4, 3, 3)], [(4, 3)]]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+
+
+def test_parameters_that_zero_3_has_partitioned_are_judged_by_their_full_shape() -> None:
+    matrix = nn.Parameter(torch.zeros(0))
+    setattr(matrix, "ds_shape", torch.Size((5, 5)))  # noqa: B010 - not a declared attribute
+    assert SignumConfig().build([("weight", matrix)]).param_groups[0]["weight_decay"] == 0.1
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_state_is_as_many_tensors_as_planned(name: str) -> None:
     net = model()

@@ -24,7 +24,7 @@ def released_step(p: Tensor, g: Tensor, m: Tensor, h: Tensor, *, lr: float, b1: 
 
 
 @pytest.mark.parametrize("foreach", [True, False])
-@pytest.mark.parametrize("size", [1e-1, 1e-3, 1e-5])
+@pytest.mark.parametrize("size", [1e-1, 1e-3, 1e-5, 1e-9])
 def test_released_rule_bit_for_bit(foreach: bool, size: float) -> None:
     generator = torch.Generator().manual_seed(0)
     params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
@@ -39,6 +39,16 @@ def test_released_rule_bit_for_bit(foreach: bool, size: float) -> None:
         assert torch.equal(p, q)
         assert torch.equal(optimizer.state[p]["exp_avg"], m)
         assert torch.equal(optimizer.state[p]["exp_avg_sq"], h)
+
+
+def test_the_floor_is_added_to_the_threshold() -> None:
+    p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = SoulRelease([p], lr=1.0)
+    optimizer.state[p]["exp_avg"].fill_(1e-15)
+    optimizer.state[p]["exp_avg_sq"].fill_(3e-15 / (0.04 * 5120 * 0.95))
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert p.item() == pytest.approx(-0.81 / 4, rel=1e-12)
 
 
 def test_folding_twice_is_one_average_with_the_squared_decay() -> None:
