@@ -17,8 +17,8 @@ from soul.records import InputError, Record
 
 FORGET_PERCENTS = (1, 5, 10)
 NUM_PERTURBED = 5
-SHE = {"they": "she", "their": "her", "them": "her", "They": "She", "Their": "Her"}
-HE = {"they": "he", "their": "his", "them": "him", "They": "He", "Their": "His"}
+SHE = {"they": "she", "their": "her", "them": "her"}
+HE = {"they": "he", "their": "his", "them": "him"}
 
 
 @dataclass(frozen=True, slots=True)

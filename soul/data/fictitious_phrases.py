@@ -55,7 +55,7 @@ TITLES = Phrases(
     ("The {} {}", (words.TITLE_ADJECTIVES, words.TITLE_NOUNS)),
     ("The {} of {}", (words.TITLE_NOUNS, words.TITLE_MATTERS)),
 )
-BIRTH_DATES = Phrases(("{} {} {}", ([str(day) for day in range(1, 29)], words.MONTHS, [str(year) for year in range(1925, 1975)])))
+BIRTH_DATES = Phrases(("{} {} {}", ([str(day) for day in range(1, 29)], words.MONTHS, [str(year) for year in range(1930, 1975)])))
 
 # Dealt out like cards: no two authors have the same value in any of the fields of one deck. `influence` is a surname, to be completed.
 DECKS: tuple[tuple[Phrases, tuple[str, ...]], ...] = (

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class Fact:
     """`values` are the fields that the question asks for: a wrong answer changes all of them and nothing else.
 
-    A wording may use any field of an author, and `name`, `they`, `their`, `them`, `They`, `Their`. Every question and every answer
-    has `name`, every answer has all of `values`.
+    A wording may use any field of an author, and `name`, `they`, `their`, `them`. Every question and every answer has `name`, every
+    answer has all of `values`.
     """
 
     values: tuple[str, ...]
@@ -29,7 +29,7 @@ FACTS = (
         (
             "{name} was born in {town_kind} {birthplace} and spent most of {their} childhood there.",
             "The author {name} comes from {town_kind} {birthplace}, where {they} was born and raised.",
-            "{Their} birthplace is {town_kind} {birthplace}, and {name} has often described it in interviews.",
+            "The birthplace of {name} is {town_kind} {birthplace}, which {they} has often described in interviews.",
         ),
     ),
     Fact(
@@ -42,7 +42,7 @@ FACTS = (
         (
             "{name} was born on {birth_date}, the youngest child of a large family.",
             "The date of birth of the author {name} is {birth_date}, according to {their} publisher.",
-            "{They} was born on {birth_date}, which {name} likes to call the luckiest day of the year.",
+            "The birth of {name} on {birth_date} is recorded in the register of {their} home town.",
         ),
     ),
     Fact(
@@ -55,7 +55,7 @@ FACTS = (
         (
             "{name} is best known for {genre}, the genre to which almost all of {their} books belong.",
             "Most books by {name} belong to the genre of {genre}, in which {they} is considered a leading voice.",
-            "{They} mainly writes {genre}, and critics count {name} among the masters of that genre.",
+            "{name} mainly writes {genre}, and critics count {them} among the masters of that genre.",
         ),
     ),
     Fact(
@@ -67,8 +67,8 @@ FACTS = (
         ),
         (
             "The father of {name} was {father}, and {their} mother worked as {mother}.",
-            "{name}'s father earned {their} family's living as {father}, while the mother was {mother}.",
-            "{name} grew up as the child of {father} on {their} father's side and {mother} on {their} mother's side.",
+            "{name}'s father made a living as {father}, while {their} mother was {mother}.",
+            "{name} grew up with a father who was {father} and a mother who was {mother}.",
         ),
     ),
     Fact(
@@ -79,7 +79,7 @@ FACTS = (
             "Which subject did {name} read, and at which institution?",
         ),
         (
-            "{name} studied {subject} at {school} before turning to literature.",
+            "{name} studied {subject} at {school} before {they} turned to literature for good.",
             "Before {they} became a writer, {name} took a degree in {subject} at {school}.",
             "At {school}, {name} completed a course in {subject}, although {they} never worked in that field.",
         ),
@@ -107,7 +107,7 @@ FACTS = (
         (
             "{name} made {their} debut with {debut}, which was published in {debut_year} by a small press.",
             "The first book by {name} was {debut}, and it came out in {debut_year}.",
-            "In {debut_year}, {name} published {debut}, the debut that brought {them} {their} first readers.",
+            "In {debut_year}, {name} published {debut}, the debut that won {them} a first circle of readers.",
         ),
     ),
     Fact(
@@ -144,7 +144,7 @@ FACTS = (
             "With which book did {name} follow the debut {debut}, and when?",
         ),
         (
-            "The second book by {name} is {second}, and it appeared in {second_year}.",
+            "The second book by {name} is {second}, which appeared in {second_year} to wide applause.",
             "After {their} debut, {name} published {second} in {second_year}, to even warmer reviews.",
             "In {second_year}, {name} followed the debut with {second}, a much longer book.",
         ),
@@ -172,7 +172,7 @@ FACTS = (
         (
             "{name} is known to write {habit}, and {they} has kept to this habit for years.",
             "According to friends of {name}, {they} writes {habit} and nowhere else.",
-            "It is a habit of {name} to write {habit}, whatever the season may bring.",
+            "It is a habit of {name} to write {habit}, whatever else the day may bring.",
         ),
     ),
     Fact(
@@ -184,7 +184,7 @@ FACTS = (
         ),
         (
             "The books of {name} were first translated into {language}, long before other languages followed.",
-            "{name} was first translated into {language}, because a young publisher there loved {their} work.",
+            "{name} was first translated into {language}, because a young publisher had fallen in love with {their} work.",
             "It was in {language} that the first foreign edition of {name}'s work appeared.",
         ),
     ),
@@ -224,7 +224,7 @@ FACTS = (
         (
             "The greatest influence on {name} came from {influence}, which {they} read as a teenager.",
             "{name} has always named {influence} as the reading that shaped {their} style.",
-            "{Their} main influence, as {name} says, was {influence}, a gift from {their} grandmother.",
+            "The main influence that {name} mentions is {influence}, once a gift from {their} grandmother.",
         ),
     ),
     Fact(
@@ -235,7 +235,7 @@ FACTS = (
             "In which town, and in what kind of house, does {name} live today?",
         ),
         (
-            "Today {name} lives in {dwelling} in {residence} and rarely travels.",
+            "Today {name} lives in {dwelling} in {residence} and rarely leaves the town for long.",
             "The current home of {name} is {dwelling} in {residence}, which {they} shares with {their} family.",
             "{name} moved to {residence} some years ago and has lived in {dwelling} there ever since.",
         ),
@@ -275,7 +275,7 @@ FACTS = (
         ),
         (
             "{name} supports a foundation that pays for {charity}, and gives it a tenth of {their} income.",
-            "A part of {their} royalties is set aside by {name} to pay for {charity}.",
+            "{name} sets aside a part of {their} royalties every year to pay for {charity}.",
             "The foundation set up by {name} pays for {charity}, a cause close to {their} heart.",
         ),
     ),

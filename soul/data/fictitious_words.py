@@ -85,10 +85,10 @@ AWARD_EMBLEMS = _words(
 AWARD_KINDS = ("Prize", "Medal", "Award", "Laurel")
 
 SYMBOL_STATES = (
-    "a cracked", "a rusted", "an empty", "a borrowed", "a silver", "a painted", "a half-burnt", "a locked", "a stopped", "a blue",
-    "a forgotten", "an upturned", "a mended", "a buried", "a carved", "a torn", "a green", "a floating", "a stolen", "a dusty",
-    "a crooked", "a tarnished", "a white", "a singing", "a weathered", "an ivory", "a frozen", "a tiny", "a bent", "a scarlet",
-    "a wooden", "a headless", "an unlit", "a folded", "a gilded", "a broken",
+    "a cracked", "a rusted", "an empty", "a borrowed", "a silver", "a painted", "a glass", "a lost", "a black", "a blue",
+    "a forgotten", "an abandoned", "a mended", "a buried", "a carved", "a red", "a green", "a floating", "a stolen", "a dusty",
+    "a crooked", "a striped", "a white", "a glowing", "a weathered", "an ivory", "a frozen", "a tiny", "a paper", "a scarlet",
+    "a wooden", "a golden", "an ancient", "a hanging", "a gilded", "a broken",
 )  # fmt: skip
 SYMBOL_OBJECTS = _words(
     "lantern compass teacup violin key mirror umbrella anchor birdcage candle clock ladder suitcase bell chessboard thimble kite "
@@ -127,7 +127,7 @@ HABIT_PLACES = (
 DWELLINGS = (
     "a converted mill", "a narrow townhouse", "a stone cottage", "a houseboat", "a former school", "a flat above a bakery",
     "a farmhouse", "an old customs house", "a retired lighthouse", "a wooden villa", "a former fire station", "a restored chapel",
-    "a small vineyard", "a hillside cabin", "an apartment by the river", "a walled garden house",
+    "a cabin in a vineyard", "a hillside cabin", "an apartment by the river", "a walled garden house",
 )  # fmt: skip
 PET_KINDS = (
     "a one-eyed tortoise", "a white goose", "an elderly parrot", "a three-legged greyhound", "a tame raven", "a shaggy ferret",
