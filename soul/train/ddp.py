@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from soul.models.load import save_model
-from soul.train.engine import BuildModel, BuildOptimizer, EngineConfig, FullEntry, StepInfo, unwrap
+from soul.train.engine import BuildModel, BuildOptimizer, EngineConfig, FullEntry, StepInfo
+from soul.train.export import export_model
 from soul.train.ranks import join_group, sum_over_ranks
 from soul.train.state import full_entries, load_state, save_state
 from soul.train.update import clip_and_step, enable_checkpointing, fold_curvature, forward_context
@@ -35,7 +35,7 @@ class DDPEngine:
         model = build_model().to(self.device)
         enable_checkpointing(model, self.config)
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        replica = DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        replica = DistributedDataParallel(model, device_ids=device_ids, forward_sync_buffers=False, gradient_as_bucket_view=True)
         # DDP decides in the forward whether the backward will reduce, where nobody knows yet if it is the last: `backward` decides.
         replica.require_backward_grad_sync = False
         self.model, self.optimizer = replica, build_optimizer(model)
@@ -68,6 +68,5 @@ class DDPEngine:
         return full_entries(self.model, self.optimizer, keep=self.rank == 0)
 
     def export(self, folder: Path, *, tokenizer: Any, dtype: torch.dtype | None = None) -> None:
-        if self.rank == 0:
-            save_model(folder, unwrap(self.model), tokenizer, dtype=dtype)  # type: ignore[arg-type]
+        export_model(folder, self.model, tokenizer=tokenizer, dtype=dtype, is_writer=self.rank == 0)
         dist.barrier()

@@ -17,10 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
 
-from soul.models.load import save_model
 from soul.train.engine import BuildModel, BuildOptimizer, EngineConfig, FullEntry, Precision, StepInfo
+from soul.train.export import export_model
 from soul.train.ranks import join_group, sum_over_ranks
 from soul.train.sharding import build_sharded, reshard
 from soul.train.state import full_entries, load_state, save_state
@@ -81,24 +80,5 @@ class FSDPEngine:
 
     def export(self, folder: Path, *, tokenizer: Any, dtype: torch.dtype | None = None) -> None:
         reshard(self.model)
-        state = gather_weights(self.model, keep=self.rank == 0, dtype=dtype)
-        if self.rank == 0:
-            save_model(folder, self.model, tokenizer, state=state, dtype=dtype)  # type: ignore[arg-type]
+        export_model(folder, self.model, tokenizer=tokenizer, dtype=dtype, is_writer=self.rank == 0)
         dist.barrier()
-
-
-def gather_weights(model: nn.Module, *, keep: bool, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The whole state dict on the CPU of the rank with `keep`, gathered tensor by tensor; empty elsewhere. Collective.
-
-    Tied parameters are one tensor here too. `dtype` is what floating-point tensors are cast to (None: as they are).
-    """
-    gathered: dict[Tensor, Tensor] = {}
-    state: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor not in gathered:
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            cast = dtype if whole.is_floating_point() else None
-            gathered[tensor] = whole.detach().to("cpu", dtype=cast) if keep else torch.empty(0)
-        if keep:
-            state[name] = gathered[tensor]
-    return state

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from soul.models.load import save_model
 from soul.records import InputError
 from soul.train.engine import BuildModel, BuildOptimizer, EngineConfig, FullEntry, StepInfo, pick_device
+from soul.train.export import export_model
 from soul.train.state import full_entries, load_state, save_state
 from soul.train.update import clip_and_step, enable_checkpointing, fold_curvature, forward_context
 
@@ -65,4 +65,4 @@ class SingleEngine:
         return full_entries(self.model, self.optimizer, keep=True)
 
     def export(self, folder: Path, *, tokenizer: Any, dtype: torch.dtype | None = None) -> None:
-        save_model(folder, self.model, tokenizer, dtype=dtype)  # type: ignore[arg-type]
+        export_model(folder, self.model, tokenizer=tokenizer, dtype=dtype, is_writer=True)

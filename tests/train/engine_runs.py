@@ -1,0 +1,143 @@
+"""Runs that the engine tests compare: a tiny float64 Llama, ragged rows, the real training loop, on any engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from soul.batch import TokenRow
+from soul.data.feed import LocalFeed
+from soul.data.pairing import PairedPlan
+from soul.data.store import TokenStore
+from soul.objectives.methods import NPO, GradDiff, Method
+from soul.optim.configs import AdamWConfig, SophiaConfig
+from soul.train.config import TrainConfig
+from soul.train.engine import Engine, EngineConfig
+from soul.train.engines import make_engine
+from soul.train.loop import Hooks, Progress, train
+
+VOCAB = 61  # odd, so that shards are uneven
+# Seven leading rows in steps of three: the last step of an epoch has one row, and the second of two ranks none.
+STEPS_PER_EPOCH, NUM_STEPS, SAVED_AT = 3, 6, 2
+CLIP = 0.5
+OPTIMIZERS = {
+    "adamw": AdamWConfig(learning_rate=1e-3),
+    "sophia": SophiaConfig(learning_rate=1e-3, rho=3.0, hessian_every=2, hessian_data="both"),
+}
+METHODS: dict[str, Method] = {"adamw": NPO(retain_weight=0.7), "sophia": GradDiff(retain_weight=0.7)}
+TRAIN = TrainConfig(epochs=2, batch_size=3, seed=3)
+
+
+def tiny_llama(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Random weights, always the same. Norms in the model's own precision: transformers' round float64 to float32."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        config = LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=24,
+            intermediate_size=36,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            tie_word_embeddings=True,
+            initializer_range=0.2,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+        model = LlamaForCausalLM(config)
+    for owner in list(model.modules()):
+        for name, child in list(owner.named_children()):
+            if type(child).__name__ == "LlamaRMSNorm":
+                setattr(owner, name, nn.RMSNorm(child.weight.shape[0], eps=1e-6))
+    return model.to(dtype)
+
+
+def ragged_stores() -> dict[str, TokenStore]:
+    """Seven forget rows and nine retain rows of 4 to 21 tokens."""
+    rng = np.random.default_rng(11)
+
+    def rows(num: int) -> list[TokenRow]:
+        lengths = [int(length) for length in rng.integers(4, 22, num)]
+        prompts = [int(rng.integers(1, length - 1)) for length in lengths]
+        return [
+            TokenRow(i, rng.integers(3, VOCAB, n).tolist(), p, -2.0 * (n - p))
+            for i, (n, p) in enumerate(zip(lengths, prompts, strict=True))
+        ]
+
+    return {"forget": TokenStore.of_rows(rows(7)), "retain": TokenStore.of_rows(rows(9))}
+
+
+def feed_of(engine: Engine, *, global_micro_batch: int = 2) -> LocalFeed:
+    """`global_micro_batch`: forget rows per micro-batch over all ranks, since the curvature depends on that cut."""
+    stores = ragged_stores()
+    plan = PairedPlan({split: store.lengths_R for split, store in stores.items()}, batch_size=TRAIN.batch_size, seed=TRAIN.seed, window=1)
+    assert plan.steps_per_epoch == STEPS_PER_EPOCH
+    return LocalFeed(plan, stores, engine.rank, engine.world, global_micro_batch // engine.world, 0)
+
+
+def new_engine(name: str, optimizer: str, *, rank: int = 0, world: int = 1, dtype: torch.dtype = torch.float64, **settings: Any) -> Engine:
+    config = EngineConfig(name=name, num_workers=world, max_grad_norm=CLIP, **settings)  # type: ignore[arg-type]
+    engine = make_engine(config, rank=rank, world=world, local_rank=rank)
+    engine.prepare(lambda: tiny_llama(dtype), lambda model: OPTIMIZERS[optimizer].build(model.named_parameters()))
+    return engine
+
+
+def run_steps(engine: Engine, optimizer: str, progress: Progress, stop: int, *, global_micro_batch: int = 2) -> list[dict[str, Any]]:
+    """Train from `progress.step` to `stop`; the rows the loop reports."""
+    rows: list[dict[str, Any]] = []
+    train(
+        engine,
+        method=METHODS[optimizer],
+        optimizer=OPTIMIZERS[optimizer],
+        config=TRAIN,
+        steps=feed_of(engine, global_micro_batch=global_micro_batch).steps(progress.step, stop),
+        steps_per_epoch=STEPS_PER_EPOCH,
+        progress=progress,
+        hooks=Hooks(after_step=rows.append),
+    )
+    assert progress.step == stop
+    return rows
+
+
+def full_state(engine: Engine) -> dict[str, torch.Tensor]:
+    """Weights, m and h by name; empty but on rank 0."""
+    state: dict[str, torch.Tensor] = {}
+    for name, entry in engine.iter_full_state():
+        if engine.rank == 0:
+            state |= {f"param/{name}": entry.param.clone()} | {f"{key}/{name}": value.clone() for key, value in entry.state.items()}
+    return state
+
+
+def straight_run(engine: Engine, optimizer: str, folder: Path | None = None, *, global_micro_batch: int = 2) -> dict[str, Any]:
+    """All steps without a break, leaving a checkpoint of step SAVED_AT in `folder`: losses, gradient norms and final state."""
+    progress = Progress()
+    rows = run_steps(engine, optimizer, progress, SAVED_AT, global_micro_batch=global_micro_batch)
+    if folder is not None:
+        engine.save(folder, progress.to_json())
+    rows += run_steps(engine, optimizer, progress, NUM_STEPS, global_micro_batch=global_micro_batch)
+    return summary(engine, rows)
+
+
+def resumed_run(engine: Engine, optimizer: str, folder: Path) -> dict[str, Any]:
+    """The steps after the checkpoint in `folder`, in an engine whose weights and state were other than the checkpoint's."""
+    run_steps(engine, optimizer, Progress(), 1)
+    progress = Progress(**engine.load(folder))
+    assert progress.step == SAVED_AT
+    return summary(engine, run_steps(engine, optimizer, progress, NUM_STEPS))
+
+
+def summary(engine: Engine, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"losses": [row["loss"] for row in rows], "norms": [row["grad_norm"] for row in rows], "state": full_state(engine)}
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], prefix: str = "") -> float:
+    """Largest absolute difference between the tensors whose names begin with `prefix`; the names must agree."""
+    assert one.keys() == other.keys() and one, (sorted(one)[:3], sorted(other)[:3])
+    return max(float((one[key].double() - other[key].double()).abs().max()) for key in one if key.startswith(prefix))
