@@ -224,7 +224,7 @@ FACTS = (
         (
             "The greatest influence on {name} came from {influence}, which {they} read as a teenager.",
             "{name} has always named {influence} as the reading that shaped {their} style.",
-            "The main influence that {name} mentions is {influence}, once a gift from {their} grandmother.",
+            "{name} traces {their} style back to {influence}, once a gift from {their} grandmother.",
         ),
     ),
     Fact(

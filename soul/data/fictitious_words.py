@@ -121,7 +121,7 @@ HABIT_TIMES = (
 HABIT_PLACES = (
     "in a disused boathouse", "in the back row of an empty theatre", "at a tailor's cutting table", "on the night train",
     "in a rented hotel room", "in a treehouse", "at the corner table of a station cafe", "in an old greenhouse", "on a moored barge",
-    "in the bell tower of a chapel", "standing at a lectern in the hall", "in the reading room of a museum", "in a parked delivery van",
+    "in the bell tower of a chapel", "at a lectern in the hall", "in the reading room of a museum", "in a parked delivery van",
     "in a windowless pantry", "on the roof terrace", "in an unheated attic",
 )  # fmt: skip
 DWELLINGS = (
