@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from soul.config import Config
 
 DONE, FAILURE, BAD_INPUT = 0, 1, 2
-INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+INTERRUPTED = 128 + signal.SIGINT
 
 # `soul tofu` without data, model and config file: a few minutes on two cores.
 DEMO: dict[str, Any] = {"data": {"num_authors": 40}, "twin": "adamw"}
@@ -72,12 +72,9 @@ class _Wide(argparse.HelpFormatter):
 @dataclass(frozen=True, slots=True)
 class Command:
     summary: str
+    usage: str
     add: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, on the way out like Ctrl-C."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,7 +118,7 @@ def run_command(command: str, argv: Sequence[str] | None = None, *, prog: str | 
         return FAILURE
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
-        return TERMINATED if isinstance(stop, _Terminated) else INTERRUPTED
+        return INTERRUPTED
     except SystemExit as done:  # argparse has printed the help
         return done.code if isinstance(done.code, int) else DONE
 
@@ -129,7 +126,7 @@ def run_command(command: str, argv: Sequence[str] | None = None, *, prog: str | 
 def build_parser(command: str, *, prog: str | None = None) -> Parser:
     """The parser of one command, its flags generated from the config."""
     chosen = COMMANDS[command]
-    parser = Parser(prog=prog or f"soul {command}", description=chosen.summary)
+    parser = Parser(prog=prog or f"soul {command}", usage=f"{prog or f'soul {command}'} {chosen.usage}", description=chosen.summary)
     chosen.add(parser)
     return parser
 
@@ -148,8 +145,6 @@ def _add_run(command: str) -> Callable[[argparse.ArgumentParser], None]:
 
 def _run(parsed: argparse.Namespace) -> int:
     config = config_of(parsed)
-    for warning in config.warnings():
-        print(f"warning: {warning}", file=sys.stderr)
     if parsed.dry_run:
         from soul.dry_run import dry_run
 
@@ -202,9 +197,7 @@ def _evaluate(parsed: argparse.Namespace) -> int:
 
 
 def _add_score(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "log", metavar="LOG", help="evaluation log of TOFU or OpenUnlearning: .json, .json.gz, or the folder that holds one"
-    )
+    parser.add_argument("log", metavar="LOG", help="evaluation log of TOFU or OpenUnlearning: .json, .json.gz or its folder")
     parser.add_argument("--retrained", metavar="LOG", help="log of the retrained model: adds forget quality and PrivLeak [default: none]")
 
 
@@ -246,12 +239,14 @@ def _report(parsed: argparse.Namespace) -> int:
 
 
 COMMANDS: dict[str, Command] = {
-    "tofu": Command(DEMO_TEXT, _add_run("tofu"), _run),
-    "unlearn": Command("Unlearn files of your own from a model of your own.", _add_run("unlearn"), _run),
-    "evaluate": Command("Measure a model folder or hub id, without training.", _add_evaluate, _evaluate),
-    "score": Command("Metrics of a published evaluation log, as one JSON object.", _add_score, _score),
-    "resume": Command("Continue an interrupted run.", _add_resume, _resume),
-    "report": Command("Write the report of one run, or of several side by side.", _add_report, _report),
+    "tofu": Command(DEMO_TEXT, "[FLAGS]", _add_run("tofu"), _run),
+    "unlearn": Command(
+        "Unlearn files of your own from a model of your own.", "--model DIR --forget FILE --retain FILE [FLAGS]", _add_run("unlearn"), _run
+    ),
+    "evaluate": Command("Measure a model folder or hub id, without training.", "MODEL_DIR [FLAGS]", _add_evaluate, _evaluate),
+    "score": Command("Metrics of a published evaluation log, as one JSON object.", "LOG [--retrained LOG]", _add_score, _score),
+    "resume": Command("Continue an interrupted run.", "RUN", _add_resume, _resume),
+    "report": Command("Write the report of one run, or of several side by side.", "RUN [RUN ...] [--output DIR]", _add_report, _report),
 }
 
 
@@ -287,7 +282,7 @@ def _stop_on_sigterm() -> None:
     """Let SIGTERM take the way of Ctrl-C, so that it leaves a resumable run too. Only the main thread may say so."""
 
     def stop(_: int, __: FrameType | None) -> None:
-        raise _Terminated
+        raise KeyboardInterrupt
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stop)

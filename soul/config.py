@@ -14,7 +14,7 @@ from pydantic_core.core_schema import ValidationInfo
 
 from soul.data.chat import ChatFormat
 from soul.data.columns import ColumnMap, parse_columns
-from soul.evaluate.evaluator import EvalSettings
+from soul.evaluate.settings import EvalSettings
 from soul.models.tiny import TinyConfig
 from soul.objectives.methods import NPO, MethodConfig
 from soul.optim.configs import OPTIMIZERS, OptimizerConfig
@@ -43,7 +43,7 @@ class DataConfig(_Section):
         description="benchmark rows: fictitious (built in), a folder or s3:// prefix in TOFU's layout, or a hub id",
     )
     forget: str | None = Field(
-        None, min_length=1, description=f"what to forget: a split's name (benchmarks; null: {DEFAULT_FORGET}) or a file of your own"
+        None, min_length=1, description=f"what to forget: a split's name, or a file of your own (null: {DEFAULT_FORGET} of a benchmark)"
     )
     retain: str | None = Field(
         None, min_length=1, description="what to keep: a split's name or a file (null: all that the forget split of a benchmark leaves)"
@@ -60,7 +60,9 @@ class DataConfig(_Section):
         min_length=1,
         description="prompt format: auto (the tokenizer's chat template if it has one, else plain), chat, plain, or a text around {prompt}",
     )
-    max_length: int | None = Field(None, ge=8, description="longest row in tokens; longer answers are cut (null: the model's limit)")
+    max_length: int | None = Field(
+        None, ge=8, description="longest row in tokens; longer answers are cut (null: the model's limit, beyond which a row is an error)"
+    )
     allow_overlap: bool = Field(False, description="accept rows that are in both the forget and the retain data")
 
     @field_validator("chat")
@@ -112,7 +114,7 @@ class ModelConfig(_Section):
     tiny: TinyConfig = Field(TinyConfig(), description="shape of the tiny Llama that is trained when no path is given")
     revision: str | None = Field(None, min_length=1, description="branch, tag or commit of a hub id (null: its main branch)")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model; only for models you trust")
-    export_dtype: Literal["float32", "bfloat16"] | None = Field(
+    export_dtype: Literal["fp32", "bf16"] | None = Field(
         None, description="type of the saved weights (null: the type the target was saved in)"
     )
 
@@ -193,9 +195,9 @@ class Config(_Section):
     address: str | None = Field(
         None, min_length=1, description="Ray cluster to join (null: RAY_ADDRESS if set, else a local Ray for this run)"
     )
-    twin: str | None = Field(None, description="a second optimizer to run beside and compare with (null: none)")
+    twin: str | None = Field(None, description=f"a second optimizer to run beside and compare with: {', '.join(OPTIMIZERS)} (null: none)")
     twin_learning_rate: float | None = Field(None, gt=0, description="learning rate of the twin (null: its optimizer's default)")
-    resume: bool = Field(False, description="continue the run in the output folder instead of refusing a folder that holds one")
+    resume: bool = Field(False, description="continue the run that the output folder holds")
     samples: bool = Field(False, description="show generated answers in the report; they may quote the data")
     wandb: str | None = Field(None, min_length=1, description="Weights & Biases project that receives the metrics (null: none)")
     progress: bool = Field(True, description="show progress on the terminal")
@@ -299,7 +301,8 @@ class Config(_Section):
             )
         elif train.batch_size % workers:
             found.append(f"batch_size {train.batch_size} does not divide by {workers} workers: some forward a row less in every step.")
-        if train.micro_batch_size * workers > max(train.batch_size, train.micro_batch_size):
+        chosen = "micro_batch_size" in train.model_fields_set  # the default is an upper limit
+        if chosen and train.micro_batch_size * workers >= train.batch_size + workers:
             share = -(-train.batch_size // workers)
             found.append(f"micro_batch_size {train.micro_batch_size} is never filled: a worker's share of a batch is {share} row(s).")
         if self.samples:

@@ -6,10 +6,11 @@ Flags carry text; the config validates it, so that ranges and choices fail with 
 from __future__ import annotations
 
 import argparse
+import re
 import types
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -50,6 +51,7 @@ TITLES = {
     "evaluate": "evaluation",
 }
 NONE_WORDS = ("none", "null")
+MEANING_OF_NULL = re.compile(r" \(null: (.*)\)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class Flag:
     description: str
     default: str
     owners: tuple[str, ...]
-    choices: tuple[str, ...]
+    metavar: str
     is_switch: bool
     is_optional: bool
     is_list: bool
@@ -73,8 +75,8 @@ class Flag:
     @property
     def help(self) -> str:
         """The description with owners and default; argparse reads % as a format."""
-        only = f" ({' and '.join(self.owners)} only)" if self.owners else ""
-        return f"{self.description.rstrip('.')}{only} [default: {self.default}]".replace("%", "%%")
+        only = f" ({', '.join(self.owners)} only)" if self.owners else ""
+        return f"{self.description}{only} [default: {self.default}]".replace("%", "%%")
 
 
 def flags_of(command: str) -> list[Flag]:
@@ -89,7 +91,8 @@ def flags_of(command: str) -> list[Flag]:
         section = key.split(".")[0]
         default = defaults[section].default if section in defaults else PydanticUndefined
         found.append(_flag(key, owners, num_choices=len(_choices(root, section)), default_section=default))
-    return found
+    sections = list(dict.fromkeys(flag.section for flag in found))
+    return sorted(found, key=lambda flag: (sections.index(flag.section), flag.key not in NAMES))
 
 
 def _settings(root: type[BaseModel]) -> dict[str, list[type[BaseModel]]]:
@@ -111,58 +114,71 @@ def _choices(root: type[BaseModel], section: str) -> Sequence[type[BaseModel]]:
 def _flag(key: str, owners: list[type[BaseModel]], *, num_choices: int, default_section: Any) -> Flag:
     section, _, last = key.rpartition(".")
     infos = [owner.model_fields[last] for owner in owners]
-    tagged = num_choices > 1
-    names = [str(owner.model_fields["name"].default) for owner in owners] if tagged else []
-    is_choice = tagged and last == "name"
+    names = [str(owner.model_fields["name"].default) for owner in owners] if num_choices > 1 else []
+    is_choice = bool(names) and last == "name"
     annotation = infos[0].annotation
+    texts = [" ".join((owner.__doc__ or "").split()).split(". ")[0] for owner in owners] if is_choice else [_text(info) for info in infos]
+    defaults = [str(default_section.name)] if is_choice else [_default(info) for info in infos]
     return Flag(
         key=key,
         name=f"--{NAMES.get(key) or PREFIXES.get(section, '') + last.replace('_', '-')}",
-        description="; ".join(f"{owner.model_fields['name'].default}: {_summary(owner)}" for owner in owners)
-        if is_choice
-        else infos[0].description or "",
-        default=str(default_section.name) if is_choice else _default(infos, names),
-        owners=tuple(names) if tagged and len(names) < num_choices else (),
-        choices=tuple(names) if is_choice else _literals(annotation),
+        description=_by_name(names, [text.rstrip(".") for text in texts], "; "),
+        default=_by_name(names, defaults, ", "),
+        owners=tuple(names) if len(names) < num_choices else (),
+        metavar="{" + ",".join(names) + "}" if is_choice else _metavar(annotation),
         is_switch=annotation is bool,
         is_optional=type(None) in get_args(annotation),
-        is_list=_is_tuple(annotation),
+        is_list=_is_list(annotation),
     )
 
 
-def _summary(section: type[BaseModel]) -> str:
-    """The first sentence of a section's docstring."""
-    return " ".join((section.__doc__ or "").split()).split(". ")[0].rstrip(".")
+def _by_name(names: Sequence[str], texts: Sequence[str], separator: str) -> str:
+    """One text where all say the same, else each behind the name it is true of."""
+    if len(set(texts)) == 1:
+        return texts[0]
+    return separator.join(f"{name}: {text}" for name, text in zip(names, texts, strict=True))
 
 
-def _default(infos: Sequence[FieldInfo], names: Sequence[str]) -> str:
-    shown = [_shown(info.default) for info in infos]
-    if len(set(shown)) <= 1:
-        return shown[0]
-    return ", ".join(f"{name} {value}" for name, value in zip(names, shown, strict=True))
+def _text(info: FieldInfo) -> str:
+    return MEANING_OF_NULL.sub("", info.description or "")
 
 
-def _shown(value: Any) -> str:
+def _default(info: FieldInfo) -> str:
+    """In the words of the command line; for null what it stands for, if the description says so."""
+    value = info.default
+    meaning = MEANING_OF_NULL.search(info.description or "")
     if value is None or isinstance(value, BaseModel):
-        return "none"
+        return meaning[1] if meaning else "none"
     if isinstance(value, bool):
         return "on" if value else "off"
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _literals(annotation: Any) -> tuple[str, ...]:
-    """The words that a setting can be, where there are only words."""
-    if get_origin(annotation) is Literal:
-        return tuple(map(str, get_args(annotation)))
-    if get_origin(annotation) in (Union, types.UnionType):
-        members = [member for member in get_args(annotation) if member is not type(None)]
-        return _literals(members[0]) if len(members) == 1 else ()
-    return ()
-
-
-def _is_tuple(annotation: Any) -> bool:
+def _members(annotation: Any) -> list[Any]:
+    """The types that a setting can have, null left out."""
     members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-    return any(get_origin(member) in (tuple, list) for member in members)
+    return [_bare(member) for member in members if member is not type(None)]
+
+
+def _bare(annotation: Any) -> Any:
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
+def _is_list(annotation: Any) -> bool:
+    return any(get_origin(member) in (tuple, list) for member in _members(annotation))
+
+
+def _metavar(annotation: Any) -> str:
+    """What a value looks like: {a,b}, N for a whole number, X for any number, TEXT."""
+    if _is_list(annotation):
+        return "A,B"
+    shown = []
+    for member in _members(annotation):
+        if get_origin(member) is Literal:
+            shown.append(",".join(map(str, get_args(member))))
+        else:
+            shown.append({int: "N", float: "X"}.get(member, "TEXT"))
+    return shown[0] if len(shown) == 1 and shown[0] in ("N", "X", "TEXT") else "{" + ",".join(shown) + "}"
 
 
 def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
@@ -175,13 +191,7 @@ def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
         if flag.is_switch:
             group.add_argument(flag.name, dest=flag.key, action=argparse.BooleanOptionalAction, default=None, help=flag.help)
         else:
-            group.add_argument(flag.name, dest=flag.key, default=None, metavar=_metavar(flag), help=flag.help)
-
-
-def _metavar(flag: Flag) -> str:
-    if flag.choices:
-        return "{" + ",".join(flag.choices) + "}"
-    return "A,B" if flag.is_list else flag.name.rpartition("-")[2].upper()
+            group.add_argument(flag.name, dest=flag.key, default=None, metavar=flag.metavar, help=flag.help)
 
 
 def given_settings(parsed: argparse.Namespace, flags: Iterable[Flag]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -1,0 +1,151 @@
+"""`--dry-run`: the resolved settings, the batch arithmetic and the memory of one worker, without Ray and without training.
+
+It opens the data to count rows; the model is counted from its config on the meta device, so no weight is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+
+import yaml
+
+from soul.config import Config
+from soul.plan import ModelShape, Plan, plan_run, shape_of, tiny_shape
+from soul.records import InputError
+from soul.report.numbers import memory
+
+# English text has about four characters a token; three leave a margin.
+CHARACTERS_PER_TOKEN = 3
+TEMPLATE_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What a plan has to know of the data. `longest` is the most characters of a question with its answer."""
+
+    num_forget: int
+    num_retain: int
+    longest: int
+
+
+def dry_run(config: Config) -> str:
+    """Everything there is to say before a run.
+
+    Raises:
+        InputError: the data cannot be opened, or has fewer rows than a step takes.
+    """
+    rows = count_rows(config)
+    shape, limit, reason = model_shape(config)
+    guess = rows.longest // CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS
+    length = min(value for value in (guess, config.data.max_length, limit) if value is not None)
+    plan = plan_run(config, num_forget=rows.num_forget, num_retain=rows.num_retain, shape=shape, max_length=length)
+    sections = [
+        "# settings (a file for --config)",
+        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).rstrip(),
+        "",
+        *table("batches", batch_lines(config, plan, rows)),
+        "",
+    ]
+    if shape is None:
+        sections += [f"# memory of one worker: unknown, because {reason}"]
+    else:
+        title = f"memory of one worker ({config.engine.name}, {config.engine.num_workers} worker(s), rows of at most about {length} tokens)"
+        lines = [(item.name, memory(item.num_bytes)) for item in plan.memory]
+        lines += [("together", memory(plan.memory_bytes)), ("one checkpoint on disk", memory(plan.checkpoint_bytes))]
+        sections += table(title, [("parameters", f"{shape.num_params:,}"), *lines])
+    return "\n".join([*sections, *(f"# warning: {text}" for text in config.warnings())])
+
+
+def count_rows(config: Config) -> Rows:
+    """Rows of the forget and the retain split."""
+    data = config.data
+    assert data.forget is not None  # filled in by the config
+    if config.benchmark == "own":
+        assert data.retain is not None
+        forget = _sizes(data.forget, data.limit_forget)
+        retain = _sizes(data.retain, data.limit_retain)
+        return Rows(len(forget), len(retain), max([*forget, *retain], default=0))
+    from soul.data.sources import open_benchmark
+
+    opened = open_benchmark(
+        data.source,
+        forget=data.forget,
+        retain=data.retain,
+        num_authors=data.num_authors,
+        seed=data.seed,
+        revision=data.revision,
+        limit_forget=data.limit_forget,
+        limit_retain=data.limit_retain,
+        allow_overlap=data.allow_overlap,
+    )
+    records = [record for split in ("forget", "retain") for record in opened.splits[split]]
+    longest = max(len(record.prompt) + len(record.response) for record in records)
+    return Rows(len(opened.splits["forget"]), len(opened.splits["retain"]), longest)
+
+
+def _sizes(uri: str, limit: int | None) -> list[int]:
+    """Characters of every row of a file, all its columns together; rows are checked when the run reads them."""
+    from soul.data.files import read_rows
+
+    return [sum(len(value) for value in row.values() if isinstance(value, str)) for _, row in islice(read_rows(uri), limit)]
+
+
+def model_shape(config: Config) -> tuple[ModelShape | None, int | None, str]:
+    """The target's sizes and the tokens it takes, or None and why they are not known."""
+    model = config.model
+    if model.path is None:
+        return tiny_shape(model.tiny), model.tiny.max_length, ""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from soul.models.load import check_model_folder
+
+    check_model_folder(model.path)
+    try:
+        found = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(found, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        return None, None, f"the config of {model.path} cannot be read ({type(error).__name__})"
+    width = int(getattr(found, "hidden_size", 0))
+    try:
+        shape = shape_of(
+            skeleton,
+            hidden_size=width,
+            intermediate_size=int(getattr(found, "intermediate_size", None) or 4 * width),
+            vocab_size=int(found.vocab_size),
+        )
+    except InputError as error:
+        return None, None, str(error)
+    return shape, getattr(found, "max_position_embeddings", None), ""
+
+
+def batch_lines(config: Config, plan: Plan, rows: Rows) -> list[tuple[str, str]]:
+    """The batch arithmetic, from rows to steps to extra passes."""
+    train, workers = config.train, config.engine.num_workers
+    lines = [
+        ("forget rows", f"{rows.num_forget:,}"),
+        ("retain rows", f"{rows.num_retain:,}"),
+        ("rows of a step", " + ".join(f"{plan.rows_per_step} {split}" for split in plan.splits)),
+        ("on each worker", f"{plan.rows_per_worker} of each, as {plan.micro_batches} micro-batch(es) of at most {plan.micro_batch_rows}"),
+        ("steps an epoch", f"{plan.steps_per_epoch:,}"),
+        ("steps", f"{plan.total_steps:,} ({plan.total_steps / plan.steps_per_epoch:.3g} epochs of the forget rows), {workers} worker(s)"),
+        ("warm-up steps", f"{plan.warmup_steps:,}, then {train.schedule}"),
+    ]
+    if config.optimizer.second_order:
+        share = f"{plan.curvature_cost:.0%} more forward and backward passes"
+        lines.append(("curvature updates", f"{plan.curvature_updates:,}: about {share}"))
+    lines.append(("checkpoints", f"{plan.checkpoints:,}, of which {min(plan.checkpoints, train.keep_checkpoints):,} are kept"))
+    if config.makes_target:
+        chosen = config.preparation
+        models = "target and retrained model" if config.makes_retrained else "target"
+        steps = f"{chosen.max_steps:,} steps" if chosen.max_steps is not None else f"{chosen.epochs:,} epochs"
+        lines.append((f"before that, {models}", f"{steps} of {chosen.batch_size} rows each, unless they are in {config.cache_folder}"))
+    return lines
+
+
+def table(title: str, lines: list[tuple[str, str]]) -> list[str]:
+    """Two columns under a title, as YAML comments: the whole output is a config file."""
+    width = max(len(name) for name, _ in lines)
+    return [f"# {title}", *(f"#   {name:<{width}}  {value}" for name, value in lines)]

@@ -1,0 +1,182 @@
+"""What a run will do and need, worked out beforehand: batch arithmetic, curvature passes, and the memory of one worker.
+
+The memory model is the one of the project's notes on sharding (section 7). Letters: N parameters, B of them in one decoder block,
+R outside the blocks, L blocks, d width, f MLP width, V vocabulary, T tokens in a micro-batch, W workers, s optimizer states,
+c bytes of a number in computation (4, or 2 in bf16).
+
+    single, ddp    weights 4 N + gradients 4 N + states 4 s N; in bf16 autocast's copy of the weights 2 N.
+                   DDP's buckets are views of the gradients.
+    fsdp           (4 + 4 + 4 s) N / W, and beside the shards what is whole for a moment: the root's weights and gradients 2 c R,
+                   the weights of two blocks 2 c B (one computes, one is fetched), one block's gradients c B and their fp32 copy 4 B
+    activations    c T (8 d + 3 f) per block: inputs of both norms and what they return, q, k, v, attention out (8 d), gate, up and
+                   their product (3 f). With gradient checkpointing c T d per block and one block in full.
+    logits         T V (c + 4 + 4): logits, their fp32 copy, its gradient. Every token counted as supervised: an upper bound.
+
+The curvature pass reuses the gradients' memory, and reference log-probabilities are one number a row: no second model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from soul.config import Config
+from soul.data.pairing import PairedPlan
+from soul.models.tiny import TinyConfig
+from soul.objectives.methods import needs_reference, streamed_splits
+from soul.train.config import TrainConfig
+from soul.train.engine import Precision
+from soul.train.loop import hessian_splits
+from soul.train.sharding import decoder_blocks
+
+FP32 = 4
+COMPUTE_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
+REFERENCE_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The sizes of a decoder that memory depends on. `num_params` counts tied weights once."""
+
+    num_params: int
+    num_blocks: int
+    block_params: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+
+    @property
+    def root_params(self) -> int:
+        return self.num_params - self.num_blocks * self.block_params
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryItem:
+    name: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One unlearning run. Rows are counted per split; a step takes as many of each streamed split."""
+
+    splits: tuple[str, ...]
+    rows_per_step: int
+    rows_per_worker: int
+    micro_batches: int
+    micro_batch_rows: int
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    curvature_updates: int
+    curvature_cost: float
+    """Forward and backward passes of curvature updates as a share of the steps' own."""
+    checkpoints: int
+    checkpoint_bytes: int
+    """Of one resumable checkpoint: weights and optimizer state. 0 without a shape."""
+    memory: tuple[MemoryItem, ...]
+    """Of one worker while it trains. Empty without a shape."""
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(item.num_bytes for item in self.memory)
+
+    def disk_bytes(self, config: Config) -> int:
+        """What the run directory needs at its fullest: the checkpoints that are kept, the one being written, the exported model."""
+        kept = min(config.train.keep_checkpoints + 1, self.checkpoints)
+        weights = self.checkpoint_bytes // (1 + config.optimizer.state_tensors)
+        return kept * self.checkpoint_bytes + (weights // 2 if config.model.export_dtype == "bf16" else weights)
+
+
+def shape_of(model: nn.Module, *, hidden_size: int, intermediate_size: int, vocab_size: int) -> ModelShape:
+    """Count a model, which may be on the meta device."""
+    blocks = decoder_blocks(model)
+    return ModelShape(
+        num_params=sum(parameter.numel() for parameter in model.parameters()),
+        num_blocks=len(blocks),
+        block_params=sum(parameter.numel() for parameter in blocks[0].parameters()),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        vocab_size=vocab_size,
+    )
+
+
+def tiny_shape(config: TinyConfig) -> ModelShape:
+    """The tiny Llama's: tied embeddings, four square matrices and three MLP matrices a block, two norms a block and one at the end."""
+    width, inner = config.hidden_size, config.intermediate_size
+    block = 4 * width**2 + 3 * width * inner + 2 * width
+    total = config.num_layers * block + config.vocab_size * width + width
+    return ModelShape(total, config.num_layers, block, width, inner, config.vocab_size)
+
+
+def plan_run(config: Config, *, num_forget: int, num_retain: int, shape: ModelShape | None, max_length: int) -> Plan:
+    """Plan the unlearning of `config` on so many rows, the longest of `max_length` tokens.
+
+    Raises:
+        InputError: a split has fewer rows than a step takes.
+    """
+    train, workers = config.train, config.engine.num_workers
+    splits = streamed_splits(config.method)
+    lengths = {split: np.full(num_retain if split == "retain" else num_forget, max_length, dtype=np.int64) for split in splits}
+    paired = PairedPlan(lengths, batch_size=train.batch_size, seed=train.seed)
+    rows = min(train.batch_size, paired.num_lead)
+    per_worker = -(-rows // workers)
+    micro_rows = min(train.micro_batch_size, per_worker)
+    total = train.total_steps(paired.steps_per_epoch)
+    updates = sum(config.optimizer.curvature_due(step) for step in range(total))
+    share = len(hessian_splits(config.method, config.optimizer)) / len(splits)
+    tokens = micro_rows * len(splits) * _padded(max_length)
+    return Plan(
+        splits=splits,
+        rows_per_step=rows,
+        rows_per_worker=per_worker,
+        micro_batches=-(-per_worker // train.micro_batch_size),
+        micro_batch_rows=micro_rows,
+        steps_per_epoch=paired.steps_per_epoch,
+        total_steps=total,
+        warmup_steps=max(1, int(train.warmup_fraction * total)) if train.warmup_fraction > 0 else 0,
+        curvature_updates=updates,
+        curvature_cost=updates * share / total,
+        checkpoints=_num_checkpoints(train, total, paired.steps_per_epoch),
+        checkpoint_bytes=0 if shape is None else FP32 * shape.num_params * (1 + config.optimizer.state_tensors),
+        memory=() if shape is None else memory_per_worker(config, shape, tokens=tokens, num_forget=num_forget),
+    )
+
+
+def memory_per_worker(config: Config, shape: ModelShape, *, tokens: int, num_forget: int) -> tuple[MemoryItem, ...]:
+    """The formulas at the top of this file, for `tokens` padded tokens in a micro-batch."""
+    engine = config.engine
+    sharded = engine.name == "fsdp"
+    compute = COMPUTE_BYTES[engine.precision]
+    own = -(-shape.num_params // engine.num_workers) if sharded else shape.num_params
+    width, inner, blocks = shape.hidden_size, shape.intermediate_size, shape.num_blocks
+    one_block = compute * tokens * (8 * width + 3 * inner)
+    saved = blocks * compute * tokens * width + one_block if engine.gradient_checkpointing else blocks * one_block
+    items = [
+        MemoryItem("weights (fp32)", FP32 * own),
+        MemoryItem("gradients (fp32)", FP32 * own),
+        MemoryItem(f"optimizer state ({config.optimizer.state_tensors} x fp32)", FP32 * own * config.optimizer.state_tensors),
+        MemoryItem("activations", saved),
+        MemoryItem("logits (at most)", tokens * shape.vocab_size * (compute + 2 * FP32)),
+    ]
+    if sharded:
+        whole = 2 * compute * shape.root_params + (3 * compute + FP32) * shape.block_params
+        items.insert(3, MemoryItem("unsharded for a moment", whole))
+    elif engine.precision == "bf16":
+        items.insert(3, MemoryItem("bf16 copy of the weights", compute * shape.num_params))
+    if needs_reference(config.method):
+        items.append(MemoryItem("reference log-probabilities", REFERENCE_BYTES * num_forget))
+    return tuple(items)
+
+
+def _padded(length: int, multiple: int = 8) -> int:
+    return -(-length // multiple) * multiple
+
+
+def _num_checkpoints(train: TrainConfig, total: int, steps_per_epoch: int) -> int:
+    """One every `save_every` epochs and one at the end."""
+    at_epochs = 0 if train.save_every == 0 else total // steps_per_epoch // train.save_every
+    ends_with_one = at_epochs > 0 and total == at_epochs * train.save_every * steps_per_epoch
+    return at_epochs + (not ends_with_one)

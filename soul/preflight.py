@@ -1,0 +1,75 @@
+"""Checks before anything expensive starts: enough workers, a folder to write to, room for the checkpoints."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from soul.config import Config
+from soul.plan import Plan
+from soul.records import InputError
+from soul.report.numbers import memory
+
+
+def check_workers(num_workers: int, *, num_cpus: float, num_gpus: float, where: str = "this machine") -> None:
+    """A worker takes a GPU where there are any, else a CPU.
+
+    Raises:
+        InputError: more workers than that.
+    """
+    kind, available = ("GPU", int(num_gpus)) if num_gpus else ("CPU", int(num_cpus))
+    if num_workers > available:
+        raise InputError(
+            f"--num-workers {num_workers} needs {num_workers} {kind}s, {where} has {available}. "
+            f"Use at most {available}, or join a larger cluster with --address."
+        )
+
+
+def check_output(output: str) -> None:
+    """URIs pass: their store answers when it is written to.
+
+    Raises:
+        InputError: the folder cannot be made or written to.
+    """
+    if "://" in output:
+        return
+    folder = Path(output).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output {output} is a file. Expected a folder, or a name that is free.")
+    nearest = _nearest_existing(folder)
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"--output {output} cannot be written: no permission in {nearest}. Choose another --output.")
+
+
+def check_disk(output: str, needed_bytes: int) -> None:
+    """Raises:
+    InputError: the disk of the folder has less room than `needed_bytes`.
+    """
+    if "://" in output:
+        return
+    free = shutil.disk_usage(_nearest_existing(Path(output).expanduser())).free
+    if free < needed_bytes:
+        raise InputError(
+            f"--output {output} needs about {memory(needed_bytes)} for checkpoints and model, the disk has {memory(free)} free. "
+            "Lower --keep-checkpoints, free some space or choose another disk."
+        )
+
+
+def preflight(config: Config, plan: Plan, *, num_cpus: float, num_gpus: float, where: str = "this machine") -> None:
+    """All checks of a run and its twin.
+
+    Raises:
+        InputError: the first one that fails.
+    """
+    check_workers(config.engine.num_workers, num_cpus=num_cpus, num_gpus=num_gpus, where=where)
+    check_output(config.output)
+    check_disk(config.output, plan.disk_bytes(config) * (1 if config.twin is None else 2))
+
+
+def _nearest_existing(path: Path) -> Path:
+    """The folder itself, or the closest one above it that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
