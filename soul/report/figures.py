@@ -15,7 +15,7 @@ from soul.report.comparison import distinct_models, run_labels
 from soul.report.numbers import compact, percent
 from soul.report.results import ModelResults, Results
 from soul.report.steps import Steps
-from soul.report.svg import INK, MARKERS, MUTED, new_figure, run_colour, styled, to_svg
+from soul.report.svg import INK, MUTED, RUNS, new_figure, run_colour, run_marker, styled, to_svg
 from soul.report.words import METRICS
 
 CURVE_METRICS: Final = ("rougeL_recall", "exact_memorization", "probability")
@@ -93,7 +93,7 @@ def _trade_off(runs: Sequence[Results]) -> Figure | None:
             points = [*trail, end]
             colour = run_colour(position)
             axes.plot([x for x, _ in points], [y for _, y in points], "-", color=colour, lw=1, alpha=0.55, marker=".", ms=4, zorder=2)
-            axes.plot(*end, MARKERS[position % len(MARKERS)], ms=9, color=colour, label=label, ls="none", zorder=5)
+            axes.plot(*end, run_marker(position), ms=9, color=colour, label=label, ls="none", zorder=5)
             told.append(f"{label}: {percent(end[0])} reproduced, {percent(end[1])} kept")
             heights += [y for _, y in points]
         if not told:
@@ -129,7 +129,7 @@ def _curves(runs: Sequence[Results], split: str) -> Figure | None:
         for position, (label, run) in enumerate(zip(run_labels(runs), runs, strict=True)):
             points = _points(run, split, metric)
             if points:
-                marker = MARKERS[position % len(MARKERS)]
+                marker = run_marker(position)
                 axes.plot([x for x, _ in points], [y for _, y in points], "-", marker=marker, ms=5, color=run_colour(position), label=label)
                 told.append(f"{label} from {percent(points[0][1])} to {percent(points[-1][1])}")
                 heights += [y for _, y in points]
@@ -169,7 +169,7 @@ def _telemetry(runs: Sequence[Results], steps: Sequence[Steps], name: str, title
                 if not curve.steps:
                     continue
                 full = label if key else f"{label}: {part.removeprefix('terms.')}"
-                style = TERM_STYLES[number % len(TERM_STYLES)]
+                style = TERM_STYLES[(number + position // len(RUNS)) % len(TERM_STYLES)]
                 axes.plot(curve.steps, curve.values, ls=style, lw=1.5, color=run_colour(position), label=full)
                 lost = f", {curve.num_not_finite} values not finite" if curve.num_not_finite else ""
                 told.append(f"{full} from {compact(curve.values[0])} to {compact(curve.values[-1])}{lost}")

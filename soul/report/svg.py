@@ -67,6 +67,11 @@ def run_colour(position: int) -> str:
     return RUNS[position % len(RUNS)][0]
 
 
+def run_marker(position: int) -> str:
+    """Shifted with every round of the colours, so that colour and marker together name a run."""
+    return MARKERS[(position + position // len(RUNS)) % len(MARKERS)]
+
+
 def styled() -> AbstractContextManager[None]:
     """Our style on top of matplotlib's defaults, so that nobody's matplotlibrc changes a report."""
     return style.context(STYLE, after_reset=True)
@@ -96,7 +101,7 @@ def inline(svg: str, alt: str) -> str:
     """For an HTML page: scales with its column, takes its colours and fonts from the page. `alt` is plain text."""
     for name, (light, _) in THEME.items():
         svg = svg.replace(light, f"var(--{name})")
-    svg = re.sub(r"font: (?:(bold|\d+) )?([\d.]+)px [^;\"]*", lambda found: f"font: {found[1] or 'normal'} {found[2]}px var(--sans)", svg)
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: var(--sans)", svg)
     return re.sub(r'<svg width="[^"]*" height="[^"]*"', lambda _: f'<svg role="img" aria-label="{html.escape(alt)}"', svg, count=1)
 
 

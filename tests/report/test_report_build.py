@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import pytest
 import yaml
 
@@ -106,7 +107,9 @@ def test_page_and_markdown_name_every_run_number_and_reason(pair: list[Path], tm
 
 
 def test_two_builds_are_equal_byte_for_byte(pair: list[Path], tmp_path: Path) -> None:
-    first, second = (build_report(pair, tmp_path / name) for name in ("a", "b"))
+    first = build_report(pair, tmp_path / "a")
+    with mpl.rc_context({"font.size": 31, "axes.grid": False, "svg.fonttype": "path", "lines.linewidth": 9}):
+        second = build_report(pair, tmp_path / "b")  # whatever the user's matplotlibrc says
     for one, other in zip((first.html, first.markdown, *first.figures), (second.html, second.markdown, *second.figures), strict=True):
         assert one.read_bytes() == other.read_bytes()
 
@@ -198,6 +201,14 @@ def test_a_local_target_is_no_base_model(run_dir: RunDirs, path: object) -> None
     run = load_run(run_dir("so"))
     assert "base_model" not in model_card(replace(run, config={"model": {"path": path}}))
     assert 'base_model: "org/name"' in model_card(replace(run, config={"model": {"path": "org/name"}}))
+
+
+def test_a_folder_named_like_a_hub_id_is_no_base_model(run_dir: RunDirs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = replace(load_run(run_dir("so")), config={"model": {"path": "models/target"}})
+    assert "base_model" in model_card(run)
+    (tmp_path / "models" / "target").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert "base_model" not in model_card(run)
 
 
 def test_bad_runs_are_input_errors(run_dir: RunDirs, tmp_path: Path) -> None:

@@ -28,10 +28,10 @@ def test_round_trip_keeps_every_value(document: Factory, tmp_path: Path, changes
     assert json.loads(path.read_text()) == json.loads(Results.model_validate(written).model_dump_json(by_alias=True))
     again = load_results(path.parent)
     assert again == Results.model_validate(written)
-    for kind, model in written["models"].items():
-        for split in ("forget", "retain", "real_authors", "world_facts"):
-            for metric, value in (model or {}).get(split, {}).items():
-                assert again.models[kind].value(f"{split}.{metric}") == value
+    for kind, found in again.models.items():
+        for split in ("forget", "retain", "real_authors", "world_facts") if found else ():
+            for metric, value in written["models"][kind][split].items():
+                assert found is not None and found.value(f"{split}.{metric}") == value
 
 
 NULLS = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -52,7 +53,7 @@ def test_removal_is_never_claimed_when_forget_quality_is_bad(results: Make, auc:
     assert judged.outcome == "suppressed"
 
 
-def test_the_attack_is_measured_against_the_retrained_model(document: Callable[..., dict], results: Make) -> None:
+def test_the_attack_is_measured_against_the_retrained_model(document: Callable[..., dict[str, Any]], results: Make) -> None:
     """A forget set from another distribution than the holdout gives a high AUC on any model: that alone is no sign of memory."""
     shifted = document(p_value=0.4, auc=0.9)
     shifted["models"]["retrained"]["mia_auc"] = dict.fromkeys(("loss", "zlib", "min_k", "min_k_plus_plus"), 0.89)
@@ -65,7 +66,7 @@ def test_a_damaged_model_is_called_damaged(results: Make) -> None:
     assert "damaged" not in verdict(results(retain=0.97)).badge
 
 
-def test_what_was_not_tested_is_said(document: Callable[..., dict]) -> None:
+def test_what_was_not_tested_is_said(document: Callable[..., dict[str, Any]]) -> None:
     changed = document(retrained=False)
     model = changed["models"]["unlearned"]
     model |= {"forget_quality": None, "forget_quality_ks": None, "mia_auc": None}
@@ -80,7 +81,7 @@ def test_what_was_not_tested_is_said(document: Callable[..., dict]) -> None:
     assert "The one removal test" in judged.caution and "no retrained model" in judged.caution
 
 
-def test_without_an_unlearned_model_nothing_is_judged(document: Callable[..., dict]) -> None:
+def test_without_an_unlearned_model_nothing_is_judged(document: Callable[..., dict[str, Any]]) -> None:
     changed = document()
     changed["models"]["unlearned"] = None
     changed["reasons"]["models.unlearned"] = "the run stopped before it was evaluated"
