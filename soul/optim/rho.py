@@ -25,9 +25,9 @@ def log_ratio_histogram(optimizer: SophiaG) -> Tensor:
     total = torch.zeros(NUM_BINS, dtype=torch.int64)
     for exp_avgs, hessians in optimizer.state_buckets():
         for m, h in zip(exp_avgs, hessians, strict=True):
-            moves = m != 0
-            counts = log_histogram(m[moves].abs() / (h[moves] * factor))
+            counts = log_histogram(torch.nan_to_num_(m.abs().div_(h * factor), nan=0.0, posinf=math.inf))
             total = total.to(counts.device) + counts
+    total[0] = 0  # m = 0, with curvature or (the nan) without
     return total
 
 

@@ -36,6 +36,8 @@ class Signum(ShardOptimizer):
     def _update_(self, group: Group, bucket: Bucket) -> None:
         params, grads, exp_avgs = bucket
         fold_momentum_(exp_avgs, grads, beta=group["momentum"])
-        directions = list(torch._foreach_sign(exp_avgs))
+        magnitudes = torch._foreach_abs(exp_avgs)  # m / |m|, because torch's sign of a nan is 0 and would hide it
+        torch._foreach_clamp_min_(magnitudes, torch.finfo(torch.float32).tiny)
+        directions = list(torch._foreach_div(exp_avgs, magnitudes))
         descend_(params, directions, lr=group["lr"], weight_decay=group["weight_decay"])
         self._record(directions, lr=group["lr"])

@@ -99,7 +99,7 @@ def log_histogram(values: Tensor) -> Tensor:
     """Counts of non-negative values in logarithmic bins: int64, shape (NUM_BINS,), additive over tensors and ranks."""
     position = (values.flatten().float().log10() - _LOW) * _PER_DECADE
     position = torch.nan_to_num(position, nan=math.inf).floor().clamp(-1, NUM_BINS - 2)
-    return torch.bincount(position.long() + 1, minlength=NUM_BINS)
+    return torch.bincount(position.int() + 1, minlength=NUM_BINS)
 
 
 def quantile(histogram: Tensor, q: float) -> float:
