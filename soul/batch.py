@@ -80,6 +80,7 @@ def collate(rows: Sequence[tuple[str, TokenRow]], *, pad_id: int, multiple: int 
     mask_BT[:, 0] = 1  # a fully masked row would make attention divide by zero
     reference_B = torch.full((size,), float("nan"), dtype=torch.float64)
     for b, (_, row) in enumerate(rows):
+        assert row.num_prompt >= 1, "a row needs a prompt token: no position predicts the first token of a sequence"
         ids = torch.as_tensor(row.ids, dtype=torch.long)
         input_ids_BT[b, : len(ids)] = ids
         mask_BT[b, : len(ids)] = 1

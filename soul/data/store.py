@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,12 +27,16 @@ def write_part(path: Path, rows: Iterable[tuple[Sequence[int], int]]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_suffix(f".tmp{os.getpid()}")
     count = 0
-    with pa.OSFile(str(staging), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-        for chunk in _chunks(rows, ROWS_PER_BATCH):
-            ids, num_prompt = zip(*chunk, strict=True)
-            writer.write_batch(pa.record_batch([pa.array(ids, SCHEMA[0].type), pa.array(num_prompt, SCHEMA[1].type)], schema=SCHEMA))
-            count += len(chunk)
-    os.replace(staging, path)
+    try:
+        with pa.OSFile(str(staging), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+            for chunk in _chunks(rows, ROWS_PER_BATCH):
+                ids, num_prompt = zip(*chunk, strict=True)
+                writer.write_batch(pa.record_batch([pa.array(ids, SCHEMA[0].type), pa.array(num_prompt, SCHEMA[1].type)], schema=SCHEMA))
+                count += len(chunk)
+        os.replace(staging, path)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
     return count
 
 
@@ -44,6 +49,12 @@ def finish_store(folder: Path, **facts: object) -> None:
 
 def is_store(folder: Path) -> bool:
     return (folder / "store.json").is_file()
+
+
+def store_facts(folder: Path) -> dict[str, Any]:
+    """What `finish_store` was told of a finished store."""
+    facts: dict[str, Any] = json.loads((folder / "store.json").read_text())
+    return facts
 
 
 def _chunks(rows: Iterable[tuple[Sequence[int], int]], size: int) -> Iterator[list[tuple[Sequence[int], int]]]:
@@ -96,6 +107,8 @@ class TokenStore:
     def _of(cls, batches: Sequence[pa.RecordBatch], reference_logps_R: NDArray[np.float64] | None) -> TokenStore:
         sizes = [batch.num_rows for batch in batches]
         lengths = [np.diff(batch.column(0).offsets.to_numpy()) for batch in batches]
+        num_references = sum(sizes) if reference_logps_R is None else len(reference_logps_R)
+        assert num_references == sum(sizes), f"{num_references} reference log-probabilities for {sum(sizes)} rows"
         return cls(
             tuple(batches),
             np.cumsum([0, *sizes]),
@@ -107,6 +120,8 @@ class TokenStore:
         return len(self.lengths_R)
 
     def row(self, index: int) -> TokenRow:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of a store of {len(self)} rows")
         part = int(np.searchsorted(self.starts, index, side="right")) - 1
         batch, offset = self.batches[part], index - int(self.starts[part])
         reference = None if self.reference_logps_R is None else float(self.reference_logps_R[index])
