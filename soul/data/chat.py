@@ -2,8 +2,8 @@
 
 Whitespace: a text template such as the plain one means exactly `template + answer`, but the two are tokenised apart, so that no token
 spans the border and a prompt has the same ids in training and in generation. Spaces at the template's end belong to the answer, where
-byte-level BPE expects a word's leading space: the prompt ends with `Answer:`, the answer begins with ` `. A chat template is taken as
-it renders, and the answer follows without a space.
+byte-level BPE expects a word's leading space: the prompt ends with `Answer:`, the answer begins with ` `. A tokenizer that begins every
+text with a space (SentencePiece) writes that one itself. A chat template is taken as it renders, and the answer follows as it is.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class Tokenizer(Protocol):
 
     @property
     def all_special_tokens(self) -> Any: ...
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> Any: ...
 
     def encode(self, text: str, *, add_special_tokens: bool, split_special_tokens: bool) -> list[int]: ...
 
@@ -100,6 +102,8 @@ class ChatFormat:
         """The ids of an answer behind `prompt_ids`, without EOS. Control tokens that the answer spells are text."""
         template = self.template(tokenizer)
         gap = "" if template is None else template[len(template.rstrip(" ")) :]
+        if gap and _begins_with_space(tokenizer):
+            gap = gap[1:]
         return list(tokenizer.encode(gap + answer, add_special_tokens=False, split_special_tokens=True))
 
 
@@ -127,3 +131,9 @@ def _prefix_ids(tokenizer: Tokenizer) -> list[int]:
     full = tokenizer.encode("a", add_special_tokens=True, split_special_tokens=True)
     start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
     return list(full[:start])
+
+
+def _begins_with_space(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer puts a space in front of every text, which SentencePiece spells \u2581."""
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer.encode("a", add_special_tokens=False, split_special_tokens=True))
+    return bool(tokens) and str(tokens[0]).startswith("\u2581")

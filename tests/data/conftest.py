@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from s3_stub import Bucket, s3_on_loopback
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from soul.models.tiny import BOS, EOS, PAD, tiny_tokenizer
@@ -34,6 +34,22 @@ def bos_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast
 def bos_eos_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """BOS in front of a text and EOS behind it."""
     return _with_specials(tokenizer, f"{BOS} $A {EOS}")
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama 2's: every text begins with a space, and words are cut before their spaces."""
+    core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    core.normalizer = normalizers.Sequence([normalizers.Replace(" ", "▁"), normalizers.Prepend("▁")])
+    core.pre_tokenizer = pre_tokenizers.Split("▁", behavior="merged_with_next")
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    alphabet = sorted({letter for sentence in SENTENCES for letter in sentence.replace(" ", "▁")})
+    specials = ["<unk>", BOS, EOS, PAD, *(f"<0x{byte:02X}>" for byte in range(256))]
+    core.train_from_iterator(
+        SENTENCES, trainers.BpeTrainer(vocab_size=500, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+    )
+    core.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, core.token_to_id(BOS))])
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token="<unk>")
 
 
 def _with_specials(tokenizer: PreTrainedTokenizerFast, single: str) -> PreTrainedTokenizerFast:

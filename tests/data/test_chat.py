@@ -54,6 +54,18 @@ def test_the_space_before_the_answer_is_the_answers(tokenizer: PreTrainedTokeniz
     assert chat.answer_ids("Ada Lind", tokenizer) == inside[-len(chat.answer_ids("Ada Lind", tokenizer)) :]
 
 
+def test_a_tokenizer_that_begins_with_a_space_does_not_get_two(sentencepiece_tokenizer: PreTrainedTokenizerFast) -> None:
+    chat = ChatFormat("plain")
+    prompt, answer = (
+        chat.prompt_ids("Where was Ada Lind born?", sentencepiece_tokenizer),
+        chat.answer_ids("Ada Lind", sentencepiece_tokenizer),
+    )
+    assert prompt.count(sentencepiece_tokenizer.bos_token_id) == 1
+    assert decoded(sentencepiece_tokenizer, prompt[1:] + answer) == " Question: Where was Ada Lind born?\nAnswer: Ada Lind"
+    inside = sentencepiece_tokenizer.encode("by Ada Lind", add_special_tokens=False)
+    assert answer == inside[-len(answer) :]
+
+
 def test_no_token_spans_the_border(tokenizer: PreTrainedTokenizerFast) -> None:
     """The prompt's ids are the same whatever the answer, which a joint tokenisation would not give here."""
     chat = ChatFormat("{prompt}")

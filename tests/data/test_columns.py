@@ -107,6 +107,12 @@ def test_a_bad_row_is_named_and_never_quoted(case: str) -> None:
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
 
 
+def test_no_name_is_suggested_beside_names_that_are_text() -> None:
+    with pytest.raises(InputError) as caught:
+        record({"Who is it?": CANARY, "anwser": CANARY}, ColumnMap(prompt="Who is it?"))
+    assert "anwser" not in str(caught.value)
+
+
 def test_a_named_column_must_exist() -> None:
     with pytest.raises(InputError, match=r"no column 'quest' for the prompt\. Its columns are question, answer\. Did you mean 'question'"):
         record({"question": "q", "answer": "a"}, ColumnMap(prompt="quest"))

@@ -333,11 +333,11 @@ def test_a_hub_dataset_equals_the_folder(hub_folder: Path) -> None:
         load_hub(str(hub_folder), forget="forget1")
 
 
-def test_a_broken_hub_file_is_not_quoted(hub_folder: Path) -> None:
+def test_a_broken_hub_file_is_not_quoted(hub_folder: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     (hub_folder / "forget10.json").write_text(f'{{"question": "{CANARY}", "answer": {CANARY}')
     with pytest.raises(InputError, match="cannot be loaded") as caught:
         load_hub(str(hub_folder), forget="forget10")
-    assert CANARY not in str(caught.value)
+    assert CANARY not in str(caught.value) + "".join(capfd.readouterr()) + caplog.text
     assert caught.value.__suppress_context__
 
 

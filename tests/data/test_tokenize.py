@@ -104,6 +104,9 @@ def test_text_outside_the_vocabulary_is_an_error(tokenizer: PreTrainedTokenizerF
         def encode(self, text: str, *, add_special_tokens: bool, split_special_tokens: bool) -> list[int]:
             return [1 for character in text if character in ":?a"]
 
+        def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+            return ["?"] * len(ids)
+
         apply_chat_template = tokenizer.apply_chat_template
 
     deaf = Deaf()
