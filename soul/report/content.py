@@ -11,8 +11,8 @@ from soul.report.figures import Figure, outcome_figures, telemetry_figures
 from soul.report.numbers import DASH, compact, duration, fixed, memory
 from soul.report.results import ModelResults, Results
 from soul.report.runs import Run
-from soul.report.verdict import Verdict, twin_sentence, verdict
-from soul.report.words import ARROWS, ATTACKS, COSTS, METRICS, ORDERS, OVERALL, SPLITS
+from soul.report.verdict import Verdict, headline, twin_sentence, twins, verdict
+from soul.report.words import ARROWS, ATTACKS, COSTS, METRICS, OVERALL, SPLITS
 
 SHOW_COST: Final[dict[str, Callable[[float], str]]] = {
     "train_s": duration,
@@ -53,6 +53,7 @@ class Report:
     benchmark: str
     sizes: str
     judged: tuple[Judged, ...]
+    headline: str | None
     twin: str | None
     comparison: Comparison
     figures: tuple[Figure, ...]
@@ -67,17 +68,20 @@ class Report:
 
     @property
     def title(self) -> str:
-        return f"Unlearning {self.benchmark}: {' and '.join(judged.label for judged in self.judged)}"
+        labels = [judged.label for judged in self.judged]
+        return f"Unlearning {self.benchmark}: {f'{len(labels)} runs' if self.headline else ' and '.join(labels)}"
 
 
 def compose(runs: Sequence[Run]) -> Report:
     results = [run.results for run in runs]
     labels = run_labels(results)
     first = results[0]
+    judged = tuple(Judged(label, verdict(run), _strips(run)) for label, run in zip(labels, results, strict=True))
     return Report(
         benchmark=first.benchmark,
         sizes=", ".join(f"{SPLITS.get(name, name).lower()} {size:,}" for name, size in first.splits.items()),
-        judged=tuple(Judged(label, verdict(run), _strips(run)) for label, run in zip(labels, results, strict=True)),
+        judged=judged,
+        headline=headline([item.verdict for item in judged]),
         twin=twin_sentence(labels, results),
         comparison=comparison(results),
         figures=tuple(outcome_figures(results)),
@@ -140,26 +144,17 @@ def _details(runs: Sequence[Results]) -> Grid:
 
 
 def _cost(labels: Sequence[str], runs: Sequence[Results]) -> Grid:
-    ratio = _second_over_first(runs)
+    pair = twins(runs)
     rows = []
     for name, title in COSTS.items():
         values = [getattr(run.cost, name) for run in runs]
         cells = [DASH if value is None else SHOW_COST[name](value) for value in values]
-        if ratio:
-            second, first = values[ratio[0]], values[ratio[1]]
+        if pair:
+            second, first = (values[position] for position in pair)
             cells.append(f"{second / first:.2f} ×" if second is not None and first else DASH)
         rows.append((title, *cells))
-    head = ("", *labels, "second / first order") if ratio else ("", *labels)
+    head = ("", *labels, "second / first order") if pair else ("", *labels)
     return Grid("What it cost", head, tuple(rows))
-
-
-def _second_over_first(runs: Sequence[Results]) -> tuple[int, int] | None:
-    """Positions of the first pair of a second- and a first-order run of one method."""
-    for i, second in enumerate(runs):
-        for j, first in enumerate(runs):
-            if (ORDERS.get(second.optimizer), ORDERS.get(first.optimizer)) == ("SO", "FO") and second.method == first.method:
-                return i, j
-    return None
 
 
 def _settings(labels: Sequence[str], runs: Sequence[Results]) -> Grid:

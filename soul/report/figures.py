@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure as Canvas
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from soul.report.comparison import distinct_models, run_labels
@@ -20,6 +20,7 @@ from soul.report.words import METRICS
 
 CURVE_METRICS: Final = ("rougeL_recall", "exact_memorization", "probability")
 TERM_STYLES: Final = ("-", (0, (4, 1.6)), (0, (1, 1.4)), (0, (5, 1.4, 1, 1.4)))
+LEGEND_ROW: Final = 0.17  # inches
 REFERENCES: Final = {"target": ("s", (0, (1, 1.6))), "retrained": ("*", (0, (5, 2)))}
 
 
@@ -92,7 +93,9 @@ def _trade_off(runs: Sequence[Results]) -> Figure | None:
             trail = [(left, kept[epoch]) for epoch, left in _points(run, "forget", "rougeL_recall") if epoch in kept]
             points = [*trail, end]
             colour = run_colour(position)
-            axes.plot([x for x, _ in points], [y for _, y in points], "-", color=colour, lw=1, alpha=0.55, marker=".", ms=4, zorder=2)
+            axes.plot(
+                [x for x, _ in points], [y for _, y in points], "-", color=colour, lw=1, alpha=0.55, marker=".", ms=4, zorder=2, label="_"
+            )
             axes.plot(*end, run_marker(position), ms=9, color=colour, label=label, ls="none", zorder=5)
             told.append(f"{label}: {percent(end[0])} reproduced, {percent(end[1])} kept")
             heights += [y for _, y in points]
@@ -102,7 +105,7 @@ def _trade_off(runs: Sequence[Results]) -> Figure | None:
         axes.set_ylabel("retain rows kept (ROUGE-L)")
         _share_axis(axes.xaxis, lowest=0)
         _share_axis(axes.yaxis, lowest=min(heights))
-        _legend(canvas, axes)
+        _legend(canvas, axes.lines)
         svg = to_svg(canvas, "trade-off")
     caption = "Top left is the goal: the forget rows gone, the rest kept. Thin lines are the way there, one dot per evaluated epoch."
     subject = "Share of forget rows reproduced against share of retain rows kept"
@@ -137,7 +140,7 @@ def _curves(runs: Sequence[Results], split: str) -> Figure | None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axes.set_ylabel(f"{METRICS[metric].title} ({'lower' if split == 'forget' else 'higher'} is better)")
         _share_axis(axes.yaxis, lowest=min(heights))
-        _legend(canvas, axes)
+        _legend(canvas, axes.lines)
         svg = to_svg(canvas, f"{split}-curve")
     word = METRICS[metric].title
     caption = f"{word} on the {split} rows after each epoch of unlearning."
@@ -169,7 +172,7 @@ def _telemetry(runs: Sequence[Results], steps: Sequence[Steps], name: str, title
                 if not curve.steps:
                     continue
                 full = label if key else f"{label}: {part.removeprefix('terms.')}"
-                style = TERM_STYLES[(number + position // len(RUNS)) % len(TERM_STYLES)]
+                style = TERM_STYLES[(number if key is None else position // len(RUNS)) % len(TERM_STYLES)]
                 axes.plot(curve.steps, curve.values, ls=style, lw=1.5, color=run_colour(position), label=full)
                 lost = f", {curve.num_not_finite} values not finite" if curve.num_not_finite else ""
                 told.append(f"{full} from {compact(curve.values[0])} to {compact(curve.values[-1])}{lost}")
@@ -186,7 +189,7 @@ def _telemetry(runs: Sequence[Results], steps: Sequence[Steps], name: str, title
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
-        _legend(canvas, axes)
+        _legend(canvas, axes.lines if key else _run_and_term_lines(axes.lines, keys))
         svg = to_svg(canvas, name)
     return Figure(name, title, CAPTIONS[name], f"{title}, by optimizer step", tuple(told), svg)
 
@@ -198,8 +201,21 @@ def _share_axis(axis: Axis, *, lowest: float) -> None:
     axis.set_major_locator(MaxNLocator(nbins=6))
 
 
-def _legend(canvas: Canvas, axes: Axes) -> None:
-    """Above the axes, where it covers nothing."""
-    handles, labels = axes.get_legend_handles_labels()
-    num_columns = 2 if max(len(label) for label in labels) < 26 else 1
-    canvas.legend(handles, labels, loc="outside upper left", ncols=num_columns, columnspacing=1.4)
+def _run_and_term_lines(lines: Sequence[Line2D], keys: Sequence[str]) -> list[Line2D]:
+    """Legend lines where colour is the run and dashes are the term: each named once, the run only where there are several."""
+    runs = {str(line.get_label()).rpartition(": ")[0]: line.get_color() for line in lines}
+    terms = [
+        Line2D([], [], color=INK[0] if len(runs) > 1 else lines[0].get_color(), ls=style, lw=1.5, label=key.removeprefix("terms."))
+        for key, style in zip(keys, TERM_STYLES * len(keys), strict=False)
+    ]
+    return [*(Line2D([], [], color=colour, lw=1.5, label=label) for label, colour in runs.items() if len(runs) > 1), *terms]
+
+
+def _legend(canvas: Canvas, handles: Sequence[Line2D]) -> None:
+    """Above the axes, where it covers nothing; the figure grows with it."""
+    handles = [handle for handle in handles if not str(handle.get_label()).startswith("_")]
+    labels = [str(handle.get_label()) for handle in handles]
+    num_columns = 2 if max(map(len, labels)) < 26 else 1
+    num_rows = -(-len(labels) // num_columns)
+    canvas.set_figheight(canvas.get_figheight() + LEGEND_ROW * max(num_rows - 2, 0))
+    canvas.legend(handles=handles, loc="outside upper left", ncols=num_columns, columnspacing=1.4)

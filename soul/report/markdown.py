@@ -14,6 +14,7 @@ from soul.report.words import ATTACKS, AUC_MEANING, METRICS, OVERALL
 def markdown_report(report: Report, runs: Sequence[Results], figures: str) -> str:
     """`figures` is the folder of the figures, relative to the report."""
     parts = [f"# Unlearning report: {markdown_text(report.benchmark)}", f"Rows: {markdown_text(report.sizes)}"]
+    parts += [markdown_text(report.headline)] if report.headline else []
     for judged in report.judged:
         parts += [f"**{markdown_text(judged.label)}: {judged.verdict.badge}.** {markdown_text(judged.verdict.text)}"]
     parts += [markdown_text(report.twin)] if report.twin else []

@@ -77,7 +77,8 @@ class ModelResults(_Section):
 
     def reason(self, path: str) -> str:
         """Why `value(path)` is None."""
-        return self.reasons.get(path) or self.reasons.get(path.partition(".")[0]) or "not part of this run's evaluation"
+        inside = (reason for key, reason in self.reasons.items() if key.startswith(f"{path}."))
+        return self.reasons.get(path) or self.reasons.get(path.partition(".")[0]) or next(inside, "not part of this run's evaluation")
 
 
 class EpochRow(_Section):

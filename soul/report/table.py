@@ -14,7 +14,7 @@ from rich.text import Text
 from soul.report.comparison import Cell, Comparison, comparison, run_labels
 from soul.report.numbers import SPACE, SUPERSCRIPTS
 from soul.report.results import Results
-from soul.report.verdict import twin_sentence, verdict
+from soul.report.verdict import headline, twin_sentence, verdict
 from soul.report.words import ARROW_KEY, ARROWS
 
 TERMINAL_TITLES: Final = {"probability": "prob.", "forget quality, log10 p": "forget quality log10 p"}
@@ -38,9 +38,16 @@ def terminal_table(runs: Sequence[Results]) -> RenderableType:
 
 
 def verdict_lines(runs: Sequence[Results]) -> list[str]:
-    """What the runs show, one paragraph each, and the comparison of second with first order where there is one."""
+    """What the runs show: a paragraph each, or their outcomes counted where they are many; and the second-order run beside its twin."""
     labels = run_labels(runs)
-    lines = [verdict(run).text if len(runs) == 1 else f"{label}: {verdict(run).text}" for label, run in zip(labels, runs, strict=True)]
+    verdicts = [verdict(run) for run in runs]
+    counted = headline(verdicts)
+    if counted is not None:
+        lines = [counted]
+    elif len(runs) == 1:
+        lines = [verdicts[0].text]
+    else:
+        lines = [f"{label}: {judged.text}" for label, judged in zip(labels, verdicts, strict=True)]
     twin = twin_sentence(labels, runs)
     return [*lines, twin] if twin else lines
 

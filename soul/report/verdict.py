@@ -16,12 +16,13 @@ BADGES: Final[dict[Outcome, str]] = {
     "suppressed": "suppressed, not shown to be removed",
     "partial": "partly forgotten",
     "kept": "not forgotten",
-    "unknown": "removal not tested",
+    "unknown": "no conclusion",
 }
 
 SIGNIFICANT: Final = 0.05  # the usual level of the forget-quality test
 AUC_MARGIN: Final = 0.1  # how far an attack may do better than it does on a model that never saw the rows
 FEW_LEFT: Final = 0.75  # share of the way from target to retrained that counts as forgotten
+FEW_RUNS: Final = 3  # up to here each run's verdict comes first
 DAMAGED: Final = 0.9  # below this share of the old ROUGE-L, the rest of the model counts as damaged
 
 
@@ -75,9 +76,9 @@ def _forgotten(target: ModelResults | None, unlearned: ModelResults, retrained: 
 def _outcome(forgotten: float | None, *, failed: bool, tested: bool) -> Outcome:
     if forgotten is not None and forgotten < FEW_LEFT:
         return "partial" if forgotten >= 0.25 else "kept"
-    if failed:
+    if failed and forgotten is not None:
         return "suppressed"
-    return "passed" if tested and forgotten is not None else "unknown"
+    return "passed" if tested and not failed and forgotten is not None else "unknown"
 
 
 def _result(target: ModelResults | None, unlearned: ModelResults, retrained: ModelResults | None, *, still: bool) -> str:
@@ -143,7 +144,11 @@ def _caution(unlearned: ModelResults, forgotten: float | None, failed: Sequence[
     if forgotten is not None and forgotten < FEW_LEFT and not failed:
         return "It has not forgotten what it was asked to forget."
     if failed:
-        lead = "Much of it is not even suppressed" if forgotten is not None and forgotten < FEW_LEFT else "Suppressed is not removed"
+        lead = "Suppressed is not removed"
+        if forgotten is None:
+            lead = "It is not shown to be removed"
+        elif forgotten < FEW_LEFT:
+            lead = "Much of it is not even suppressed"
         return f"{lead}: {', and '.join(failed)}."
     if len(passed) == 2:
         return (
@@ -155,16 +160,35 @@ def _caution(unlearned: ModelResults, forgotten: float | None, failed: Sequence[
     return f"Whether the knowledge is removed or only suppressed was not tested: {untested}."
 
 
+def headline(verdicts: Sequence[Verdict]) -> str | None:
+    """How many runs ended how, where there are too many to begin with each of them; None for a few."""
+    if len(verdicts) <= FEW_RUNS:
+        return None
+    outcomes = [judged.outcome for judged in verdicts]
+    counts = [f"{outcomes.count(outcome)} {badge}" for outcome, badge in BADGES.items() if outcome in outcomes]
+    damaged = sum(judged.damaged for judged in verdicts)
+    return f"Of {len(verdicts)} runs: {'; '.join(counts)}." + (f" In {damaged} of them the rest is damaged." if damaged else "")
+
+
+def twins(runs: Sequence[Results]) -> tuple[int, int] | None:
+    """Positions of the second- and the first-order run of one method and seed, where the runs hold exactly one such pair."""
+    pairs = [
+        (i, j)
+        for i, second in enumerate(runs)
+        for j, first in enumerate(runs)
+        if (ORDERS.get(second.optimizer), ORDERS.get(first.optimizer)) == ("SO", "FO")
+        and (second.method, second.seed) == (first.method, first.seed)
+    ]
+    return pairs[0] if len(pairs) == 1 else None
+
+
 def twin_sentence(labels: Sequence[str], runs: Sequence[Results]) -> str | None:
-    """Second against first order where the runs hold one of each for the same method and seed; None otherwise."""
-    for second, after in zip(labels, runs, strict=True):
-        for first, before in zip(labels, runs, strict=True):
-            orders = (ORDERS.get(after.optimizer), ORDERS.get(before.optimizer))
-            if orders == ("SO", "FO") and (after.method, after.seed) == (before.method, before.seed):
-                sentence = _twin(second, after.models["unlearned"], first, before.models["unlearned"])
-                if sentence:
-                    return sentence
-    return None
+    """What the second-order run reaches beside its first-order twin; None without twins or their numbers."""
+    pair = twins(runs)
+    if pair is None:
+        return None
+    second, first = pair
+    return _twin(labels[second], runs[second].models["unlearned"], labels[first], runs[first].models["unlearned"])
 
 
 def _twin(second: str, after: ModelResults | None, first: str, before: ModelResults | None) -> str | None:

@@ -106,6 +106,16 @@ def test_page_and_markdown_name_every_run_number_and_reason(pair: list[Path], tm
             assert all(word.meaning in text for word in table.values())
 
 
+def test_many_runs_begin_with_the_table(run_dir: RunDirs, tmp_path: Path) -> None:
+    folders = [run_dir(f"s{seed}", seed=seed) for seed in range(4)]
+    text = Page(build_report(folders, tmp_path / "out").html.read_text()).text
+    order = [
+        text.index(words)
+        for words in ("Of 4 runs", "Before and after", "SO-NPO (sophia), seed 3", "Run by run", "After unlearning the model")
+    ]
+    assert order == sorted(order) and text.count("After unlearning the model") == 4
+
+
 def test_two_builds_are_equal_byte_for_byte(pair: list[Path], tmp_path: Path) -> None:
     first = build_report(pair, tmp_path / "a")
     with mpl.rc_context({"font.size": 31, "axes.grid": False, "svg.fonttype": "path", "lines.linewidth": 9}):

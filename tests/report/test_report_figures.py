@@ -58,6 +58,15 @@ def test_only_recorded_quantities_get_a_panel(results: Make, steps: Steps, names
     assert set(named(telemetry_figures([results()], [steps]))) == names
 
 
+def test_a_legend_names_each_run_and_each_term_once(results: Make) -> None:
+    steps = recorded(**{"terms.forget": -1.0, "terms.retain": 1.0})
+    (figure,) = telemetry_figures([results(), results(optimizer="adamw")], [steps, steps])
+    for words in (">SO-NPO (sophia)<", ">FO-NPO (adamw)<", ">forget<", ">retain<"):
+        assert figure.svg.count(words) == 1
+    (alone,) = telemetry_figures([results()], [steps])
+    assert "SO-NPO" not in alone.svg and alone.svg.count(">forget<") == 1
+
+
 def test_log_axes_have_plain_labels(results: Make) -> None:
     wide = Steps(tuple({"step": float(step), "grad_norm": 10.0**-step} for step in range(6)))
     (figure,) = telemetry_figures([results()], [wide])

@@ -10,7 +10,7 @@ import pytest
 
 from soul.report.numbers import compact, duration, log10_p, memory, p_phrase, percent
 from soul.report.results import Results
-from soul.report.verdict import twin_sentence, verdict
+from soul.report.verdict import headline, twin_sentence, verdict
 
 Make = Callable[..., Results]
 
@@ -97,6 +97,23 @@ def test_twins_are_compared_only_within_a_method_and_seed(results: Make) -> None
     assert twin_sentence(["a", "b"], [second, results(optimizer="adamw", method="po")]) is None
     assert twin_sentence(["a", "b"], [second, results(optimizer="adamw", seed=1)]) is None
     assert twin_sentence(["a"], [second]) is None
+    assert twin_sentence(["a", "b", "c"], [second, first, results(optimizer="signum")]) is None  # which of the two is the twin?
+
+
+def test_many_runs_are_counted(results: Make) -> None:
+    runs = [results(), results(p_value=0.4, auc=0.52), results(forget=0.97), results(retain=0.4)]
+    assert headline([verdict(run) for run in runs[:3]]) is None
+    assert headline([verdict(run) for run in runs]) == (
+        "Of 4 runs: 1 passed every test here; 2 suppressed, not shown to be removed; 1 not forgotten. In 1 of them the rest is damaged."
+    )
+
+
+def test_without_rouge_nothing_is_called_suppressed(document: Callable[..., dict[str, Any]]) -> None:
+    changed = document()
+    del changed["models"]["unlearned"]["forget"]["rougeL_recall"]
+    judged = verdict(Results.model_validate(changed))
+    assert judged.outcome == "unknown" and judged.caution.startswith("It is not shown to be removed")
+    assert "not measured" in judged.result
 
 
 @pytest.mark.parametrize(
