@@ -4,41 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
+import ray
+import ray.data
+from ray.exceptions import AuthenticationError
+
+from soul.orchestration import ENVIRONMENT
 from soul.records import InputError
 
-# Read by Ray at import or by its workers at start: set before the import below.
-_ENVIRONMENT = {
-    "RAY_AUTH_MODE": "token",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report blocks for one poll: 2 s at Ray's default
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_TQDM": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "TOKENIZERS_PARALLELISM": "false",
-    "OMP_WAIT_POLICY": "PASSIVE",
-}
-for _name, _value in _ENVIRONMENT.items():
-    os.environ.setdefault(_name, _value)
-
-import ray  # noqa: E402
-import ray.data  # noqa: E402
-from ray.exceptions import AuthenticationError  # noqa: E402
-
 OBJECT_STORE_BYTES = 300 * 2**20
-
-
-def _raise_interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt(f"signal {signum}")
 
 
 def _quiet(verbose: bool) -> None:
@@ -66,11 +43,6 @@ def cluster(address: str | None, *, num_workers: int, verbose: bool) -> Iterator
         _start_local(num_workers, verbose)
     elif owned:
         _join(address, verbose)
-    previous = signal.getsignal(signal.SIGTERM)
-    try:
-        signal.signal(signal.SIGTERM, _raise_interrupt)
-    except ValueError:  # not in the main thread: whoever owns it handles signals
-        previous = None
     try:
         resources = ray.cluster_resources()
         gpus = resources.get("GPU", 0.0)
@@ -81,8 +53,6 @@ def cluster(address: str | None, *, num_workers: int, verbose: bool) -> Iterator
         context.execution_options.preserve_order = True  # the paired stream relies on it
         yield
     finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
         if owned:
             ray.shutdown()
 
@@ -105,7 +75,7 @@ def worker_environment() -> dict[str, str]:
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
     threads = os.environ.get("OMP_NUM_THREADS", "1")
-    return {"PYTHONPATH": path, "OMP_NUM_THREADS": threads, **{name: os.environ[name] for name in _ENVIRONMENT}}
+    return {"PYTHONPATH": path, "OMP_NUM_THREADS": threads, **{name: os.environ[name] for name in ENVIRONMENT}}
 
 
 def _join(address: str | None, verbose: bool) -> None:

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import ray
+from rich.console import Console
 
 from soul.config import Config
+from soul.evaluate.eval_log import EvalLog
+from soul.evaluate.logs import read_log
+from soul.objectives.methods import TITLES
 from soul.orchestration.arm import unlearn
 from soul.orchestration.cluster import cluster
 from soul.orchestration.data import Sources, cache_of, open_sources, trained_splits
-from soul.orchestration.evaluate import Judge
+from soul.orchestration.evaluate import Judge, Judged
 from soul.orchestration.outcome import write_outcome
 from soul.orchestration.parallel import run_together
 from soul.orchestration.prepare import Prepared, prepared_model, starting_model
@@ -24,6 +29,8 @@ from soul.orchestration.progress import Display
 from soul.orchestration.tokens import token_settings, tokenise
 from soul.records import InputError
 from soul.report.build import build_report
+from soul.report.results import load_results
+from soul.report.table import terminal_table
 from soul.rundir import RunDir, write_atomically
 
 # Where a run lies and how it is watched does not make it another run.
@@ -42,34 +49,47 @@ def run(config: Config) -> Path:
         _claim(arm)
     sources = open_sources(config.data, benchmark=config.benchmark, seed=config.train.seed)
     display = Display(enabled=config.progress)
-    for warning in config.warnings():
-        display.say(f"warning: {warning}")
     with cluster(config.address, num_workers=config.engine.num_workers, verbose=config.verbose), display.live():
         slots = _slots(config.engine.num_workers)
         start = starting_model(config, sources.benchmark, cache_of(config))
         stores = _stores(config, sources, start)
         prepared = _prepare(config, start, stores, slots, display)
+        trained = run_together([partial(unlearn, arm, prepared["target"], stores, display) for arm in arms], slots=slots)
         judge = Judge(config, sources, display)
-        results = run_together([lambda arm=arm: unlearn(arm, prepared["target"], stores, display) for arm in arms], slots=slots)  # type: ignore[misc]
-        unlearned = [(f"unlearned ({arm.optimizer.name})", str(RunDir(Path(arm.output).resolve()).model)) for arm in arms]
-        logs = run_together(
-            [
-                *(lambda kind=kind, model=model: judge.prepared(kind, model) for kind, model in prepared.items()),  # type: ignore[misc]
-                *(
-                    lambda arm=arm, name=name, path=path: judge.unlearned(arm, name, path)
-                    for arm, (name, path) in zip(arms, unlearned, strict=True)
-                ),  # type: ignore[misc]
-            ],
-            slots=_slots(1),
-        )
-    references = dict(zip(prepared, logs, strict=False))
-    for arm, trained, log in zip(arms, results, logs[len(prepared) :], strict=True):
-        write_outcome(arm, sources, trained, unlearned=log, references=references)
+        judged = run_together([*_judge_prepared(judge, config, prepared), *_judge_arms(judge, arms)], slots=_slots(1))
+    standards, unlearned = judged[: len(prepared)], judged[len(prepared) :]
+    retrained, why = _gold_standard(config, dict(zip(prepared, standards, strict=True)))
+    for arm, result, log in zip(arms, trained, unlearned, strict=True):
+        write_outcome(arm, sources, result, unlearned=log, target=standards[0], retrained=retrained, why_no_retrained=why)
     folders = [Path(arm.output).resolve() for arm in arms]
     for folder in folders[1:]:
         build_report([folder])
     build_report(folders, output=folders[0])
+    Console().print(terminal_table([load_results(folder) for folder in folders]))
     return folders[0]
+
+
+def _judge_prepared(judge: Judge, config: Config, prepared: Mapping[str, Prepared]) -> list[Callable[[], Judged]]:
+    folder = cache_of(config) / "evaluations"
+    return [partial(judge.judge, kind, model.path, key=model.key, folder=folder) for kind, model in prepared.items()]
+
+
+def _judge_arms(judge: Judge, arms: Sequence[Config]) -> list[Callable[[], Judged]]:
+    calls: list[Callable[[], Judged]] = []
+    for arm in arms:
+        run = RunDir(Path(arm.output).resolve())
+        name = f"{TITLES[arm.method.name]} with {arm.optimizer.name}"
+        calls.append(partial(judge.judge, name, str(run.model), key=str(run.model.stat().st_mtime_ns), folder=run.path / ".stages"))
+    return calls
+
+
+def _gold_standard(config: Config, judged: Mapping[str, Judged]) -> tuple[EvalLog | None, str]:
+    """The retrained model's log, made here or given, or why there is none."""
+    if "retrained" in judged:
+        return judged["retrained"].log, ""
+    if config.model.retrained is None:
+        return None, "no retrained model was given: pass --retrained with a model folder, a run directory or a published log"
+    return read_log(config.model.retrained), ""
 
 
 def resume(folder: Path) -> Path:
@@ -119,11 +139,6 @@ def _prepare(config: Config, start: str, stores: Mapping[str, Path], slots: int,
     if not config.makes_target:
         return {"target": Prepared(start, start)}
     kinds = ("target", "retrained") if config.makes_retrained else ("target",)
-    made = run_together(
-        [
-            lambda kind=kind: prepared_model(config, kind, start=start, stores=stores, cache=cache_of(config), display=display)  # type: ignore[misc]
-            for kind in kinds
-        ],
-        slots=slots,
-    )
+    make = partial(prepared_model, config, start=start, stores=stores, cache=cache_of(config), display=display)
+    made = run_together([partial(make, kind) for kind in kinds], slots=slots)
     return dict(zip(kinds, made, strict=True))

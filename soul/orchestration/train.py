@@ -32,7 +32,7 @@ RunConfig: Any = ray.train.RunConfig
 OnProgress = Callable[[int, int], None]
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(ArithmeticError):
     """Training ended without a result, for a reason that trying again would not mend. The message is for the user."""
 
 

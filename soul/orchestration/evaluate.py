@@ -1,0 +1,121 @@
+"""Evaluations as Ray tasks: the plan is made here, its fixed work items are shared out, so any number of tasks gives the same metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ray
+import torch
+from pydantic import TypeAdapter
+from transformers import AutoConfig, GenerationConfig
+
+from soul.config import Config, EvaluateConfig
+from soul.data.chat import ChatFormat
+from soul.data.sources import fingerprint
+from soul.evaluate.eval_log import EvalLog
+from soul.evaluate.evaluator import Evaluation, finish, positions
+from soul.evaluate.generate import stop_ids
+from soul.evaluate.plan import ItemResult, WorkItem, plan_evaluation, run_item
+from soul.models.load import load_model, load_tokenizer
+from soul.orchestration.data import Sources
+from soul.orchestration.progress import Display
+from soul.rundir import digest, write_json
+
+_LOG = TypeAdapter(EvalLog)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One model's evaluation: the log from which every metric follows, and how long it took to make (0 where it was made before)."""
+
+    log: EvalLog
+    seconds: float
+
+
+@ray.remote
+class Examiner:
+    """A process with one loaded model, which works through items of an evaluation plan."""
+
+    def __init__(self, model: str, revision: str | None, trust_remote_code: bool, precision: str) -> None:
+        torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
+        self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+        dtype = torch.bfloat16 if precision == "bf16" and self.device.type == "cuda" else torch.float32
+        self.model = load_model(model, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code).eval().to(self.device)
+
+    def run(self, item: WorkItem) -> ItemResult:
+        return run_item(self.model, item, device=self.device)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Evaluates models on one set of rows with one set of settings, and remembers what it has evaluated."""
+
+    config: Config | EvaluateConfig
+    sources: Sources
+    display: Display
+    num_tasks: int = 1
+
+    def evaluate(self, name: str, model: str) -> Evaluation:
+        """All metrics of one model."""
+        settings, given = self.config.evaluate, self.config.model
+        options: dict[str, Any] = {"revision": given.revision, "trust_remote_code": given.trust_remote_code}
+        tokenizer = load_tokenizer(model, **options)
+        limits = AutoConfig.from_pretrained(model, **options)
+        plan = plan_evaluation(
+            {split: rows for split, rows in self.sources.evaluated.items() if rows},
+            tokenizer,
+            settings,
+            chat=ChatFormat(self.config.data.chat),
+            eos_ids=stop_ids_of(model, tokenizer, options),
+            max_length=positions(limits),
+        )
+        results = self._examine(f"evaluate {name}", model, plan.items)
+        return finish(plan, results, tokenizer, device=torch.device("cpu"), source=name)
+
+    def _examine(self, stage: str, model: str, items: Sequence[WorkItem]) -> list[ItemResult]:
+        """Share the items out over `num_tasks` examiners."""
+        given = self.config.model
+        precision = self.config.precision if isinstance(self.config, EvaluateConfig) else self.config.engine.precision
+        gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+        actor: Any = Examiner.options(num_cpus=1, num_gpus=gpus)  # type: ignore[attr-defined]
+        count = min(self.num_tasks, len(items))
+        examiners = [actor.remote(model, given.revision, given.trust_remote_code, precision) for _ in range(count)]
+        try:
+            waiting = [examiners[i % count].run.remote(item) for i, item in enumerate(items)]
+            results: list[ItemResult] = []
+            while waiting:
+                self.display.update(stage, len(results), len(items))
+                done, waiting = ray.wait(waiting, num_returns=1)
+                results += ray.get(done)
+            self.display.update(stage, len(items), len(items))
+            return results
+        finally:
+            for examiner in examiners:
+                ray.kill(examiner)
+
+    def judge(self, name: str, model: str, *, key: str, folder: Path) -> Judged:
+        """As `evaluate`; the log is kept in `folder` under a hash of `key` (what names the weights), rows and settings."""
+        rows = {split: fingerprint(records) for split, records in self.sources.evaluated.items()}
+        kept = folder / f"{digest([key, rows, self.config.evaluate.model_dump(), self.config.data.chat], length=20)}.json"
+        if kept.is_file():
+            self.display.say(f"evaluation of {name}: made before")
+            return Judged(_LOG.validate_json(kept.read_bytes()), 0.0)
+        started = time.perf_counter()
+        evaluation = self.evaluate(name, model)
+        write_json(kept, dataclasses.asdict(evaluation.log))
+        return Judged(evaluation.log, time.perf_counter() - started)
+
+
+def stop_ids_of(model: str, tokenizer: Any, options: dict[str, Any]) -> tuple[int, ...]:
+    """The ids that end an answer, from the folder's generation config, without loading the weights."""
+    try:
+        generation_config = GenerationConfig.from_pretrained(model, **options)
+    except OSError:  # the folder has none: EOS alone ends an answer
+        generation_config = None
+    return stop_ids(SimpleNamespace(generation_config=generation_config), tokenizer)  # type: ignore[arg-type]

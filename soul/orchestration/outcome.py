@@ -1,0 +1,87 @@
+"""What a finished arm leaves: evaluation logs, results.json and the manifest."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from soul.config import Config
+from soul.evaluate.eval_log import EvalLog
+from soul.evaluate.open_unlearning_log import write_open_unlearning_log
+from soul.evaluate.score import score
+from soul.evaluate.tofu_log import write_tofu_log
+from soul.orchestration.data import Sources
+from soul.orchestration.evaluate import Judged
+from soul.report.results import Cost, EpochRow, ModelResults, Results, save_results
+from soul.rundir import RunDir, versions, write_json
+from soul.train.job import JobResult
+
+
+def write_outcome(
+    config: Config,
+    sources: Sources,
+    trained: JobResult,
+    *,
+    unlearned: Judged,
+    target: Judged,
+    retrained: EvalLog | None,
+    why_no_retrained: str,
+) -> None:
+    """Write one arm's logs/, results.json and manifest.json."""
+    run = RunDir(Path(config.output).resolve())
+    write_tofu_log(unlearned.log, run.logs / "eval_log_aggregated.json")
+    write_open_unlearning_log(unlearned.log, run.logs / "TOFU_EVAL.json")
+    reasons = {} if retrained is not None else {"models.retrained": why_no_retrained}
+    gold = None if retrained is None else _entry(retrained, retrained, config)
+    results = Results(
+        benchmark=config.benchmark if config.benchmark == "own" else f"{sources.benchmark.name}/{config.data.forget}",
+        method=config.method.name,
+        optimizer=config.optimizer.name,
+        seed=config.train.seed,
+        splits={split: len(rows) for split, rows in sources.evaluated.items() if rows},
+        models={
+            "target": _entry(target.log, retrained, config),
+            "unlearned": _entry(unlearned.log, retrained, config),
+            "retrained": gold,
+        },
+        epochs=[EpochRow(**row) for row in trained.epochs],
+        cost=Cost(
+            train_s=trained.train_s,
+            eval_s=unlearned.seconds,
+            tokens_per_s=trained.tokens / max(trained.train_s, 1e-9),
+            peak_memory_bytes=trained.peak_memory_bytes,
+            optimizer_state_bytes_per_rank=trained.optimizer_state_bytes_per_rank,
+        ),
+        settings=_settings(config),
+        reasons=reasons,
+    )
+    write_json(
+        run.manifest,
+        {
+            "versions": versions(),
+            "data": sources.fingerprints(),
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "seconds": {"train": trained.train_s, "evaluate": unlearned.seconds},
+            "steps": trained.steps,
+            "tokens": trained.tokens,
+        },
+    )
+    save_results(results, run.results)
+
+
+def _entry(log: EvalLog, retrained: EvalLog | None, config: Config) -> ModelResults:
+    return ModelResults(**score(log, retrained=retrained, mean=config.evaluate.truth_ratio).model_entry())
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """What a reader needs to compare runs: numbers and names, no paths and nothing of the data."""
+    sections: Mapping[str, Any] = {
+        **config.method.model_dump(exclude={"name"}),
+        **config.optimizer.model_dump(exclude={"name", "betas"}),
+        **config.train.model_dump(include={"epochs", "max_steps", "batch_size", "schedule", "warmup_fraction"}),
+        "engine": config.engine.name,
+        **config.engine.model_dump(include={"num_workers", "precision", "max_grad_norm"}),
+    }
+    return {name: value for name, value in sections.items() if value is None or isinstance(value, bool | int | float | str)}
