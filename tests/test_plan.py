@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from soul.config import Config
+from soul.data.pairing import PairedPlan
+from soul.dry_run import dry_run, model_shape
+from soul.models.tiny import TinyConfig, tiny_model, tiny_tokenizer
+from soul.optim.configs import OPTIMIZERS
+from soul.plan import ModelShape, Plan, plan_run, shape_of, tiny_shape
+from soul.preflight import check_disk, check_output, check_workers, preflight
+from soul.records import InputError
+
+GIB = 2**30
+# Llama-2-7B: 32 blocks of 202,383,360, two embeddings of 32,000 x 4,096 and a norm
+SEVEN_B = ModelShape(6_738_415_616, 32, 202_383_360, 4096, 11008, 32000)
+
+
+def plan(
+    values: dict[str, Any], *, num_forget: int = 40, num_retain: int = 360, max_length: int = 128, shape: ModelShape | None = None
+) -> Plan:
+    return plan_run(Config.model_validate(values), num_forget=num_forget, num_retain=num_retain, shape=shape, max_length=max_length)
+
+
+def seven_b(engine: dict[str, Any], **values: Any) -> Plan:
+    """4,096 tokens a GPU: four pairs of rows of 512 tokens, with checkpointing, as in the notes."""
+    engine = {"gradient_checkpointing": True, "precision": "bf16", **engine}
+    train = {"batch_size": 4 * engine.get("num_workers", 1), "micro_batch_size": 4}
+    return plan({"engine": engine, "train": train, **values}, num_forget=400, num_retain=3600, max_length=512, shape=SEVEN_B)
+
+
+def test_a_plan_worked_out_by_hand() -> None:
+    # 41 rows in batches of 6: 7 steps an epoch, 21 in 3 epochs; 6 rows on 4 workers: 2 a worker, micro-batches of 1
+    made = plan(
+        {
+            "engine": {"num_workers": 4},
+            "train": {"epochs": 3, "batch_size": 6, "micro_batch_size": 1, "warmup_fraction": 0.1, "save_every": 2},
+            "optimizer": {"hessian_every": 8},
+        },
+        num_forget=41,
+    )
+    assert (made.steps_per_epoch, made.total_steps, made.warmup_steps) == (7, 21, 2)
+    assert (made.rows_per_step, made.rows_per_worker, made.micro_batches, made.micro_batch_rows) == (6, 2, 2, 1)
+    assert made.curvature_updates == 3  # before steps 0, 8 and 16
+    assert made.curvature_cost == pytest.approx(3 * 0.5 / 21)  # retain rows only: half of a step's rows
+    assert made.checkpoints == 2  # after epoch 2 and at the end
+    assert made.splits == ("forget", "retain") and made.memory == () and made.checkpoint_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "share"),
+    [
+        ({"optimizer": "adamw"}, 0.0),
+        ({"optimizer": "soul_release"}, 0.0),
+        ({"optimizer": {"hessian_every": 1}}, 0.5),
+        ({"optimizer": {"hessian_every": 1, "hessian_data": "both"}}, 1.0),
+        ({"optimizer": {"hessian_every": 1}, "method": "ga"}, 1.0),
+    ],
+)
+def test_curvature_costs_what_it_forwards(values: dict[str, Any], share: float) -> None:
+    assert plan(values).curvature_cost == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("train", "checkpoints"),
+    [({}, 5), ({"save_every": 0}, 1), ({"save_every": 2}, 3), ({"save_every": 5}, 1), ({"max_steps": 7}, 2), ({"max_steps": 10}, 2)],
+)
+def test_checkpoints_are_counted_as_the_job_saves_them(train: dict[str, Any], checkpoints: int) -> None:
+    made = plan({"train": train})  # 40 rows in batches of 8: 5 steps an epoch
+    saved = {
+        step for step in range(5, made.total_steps + 1, 5) if train.get("save_every", 1) and step // 5 % train.get("save_every", 1) == 0
+    }
+    assert made.checkpoints == checkpoints == len(saved | {made.total_steps})
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("micro", [1, 3, 8])
+def test_the_plan_is_what_the_feed_hands_out(workers: int, micro: int) -> None:
+    made = plan({"engine": {"num_workers": workers}, "train": {"batch_size": 7, "micro_batch_size": micro}}, num_forget=21, num_retain=30)
+    lengths = {"forget": torch.arange(21).numpy(), "retain": torch.arange(30).numpy()}
+    paired = PairedPlan(lengths, batch_size=7, seed=0)
+    shares = [paired.share(0, rank=rank, world=workers, micro_batch_size=micro) for rank in range(workers)]
+    assert {len(share) for share in shares} == {made.micro_batches}
+    assert max(len(batch) for share in shares for batch in share) == made.micro_batch_rows * len(made.splits)
+    assert paired.steps_per_epoch == made.steps_per_epoch
+
+
+def test_too_few_rows_are_bad_input() -> None:
+    with pytest.raises(InputError, match=r"the retain split has 3 rows, need >= 8"):
+        plan({}, num_retain=3)
+
+
+@pytest.mark.parametrize(
+    ("engine", "gib"),
+    [
+        ({"name": "fsdp"}, 106.0),
+        ({"name": "fsdp", "num_workers": 4}, 30.7),
+        ({"name": "fsdp", "num_workers": 8}, 18.2),
+        ({"name": "single"}, 115.7),
+        ({"name": "ddp"}, 115.7),
+        ({"name": "ddp", "num_workers": 4}, 115.7),  # the notes add 25 GiB of buckets, which are views of the gradients here
+    ],
+)
+def test_memory_of_llama_2_7b_as_in_the_notes(engine: dict[str, Any], gib: float) -> None:
+    assert seven_b(engine).memory_bytes / GIB == pytest.approx(gib, rel=0.02)
+
+
+def test_memory_follows_its_causes() -> None:
+    sharded = {item.name: item.num_bytes for item in seven_b({"name": "fsdp"}).memory}
+    assert sharded["weights (fp32)"] == 4 * SEVEN_B.num_params
+    assert sharded["optimizer state (2 x fp32)"] == 8 * SEVEN_B.num_params
+    assert sharded["reference log-probabilities"] == 400 * 8
+    assert sharded["logits (at most)"] == 4096 * 32000 * 10
+    assert seven_b({"name": "fsdp"}, method="grad_diff").memory_bytes == seven_b({"name": "fsdp"}).memory_bytes - 3200
+    assert seven_b({"name": "single"}, optimizer="signum").memory_bytes == seven_b({"name": "single"}).memory_bytes - 4 * SEVEN_B.num_params
+    kept = seven_b({"name": "fsdp", "gradient_checkpointing": False}).memory_bytes - seven_b({"name": "fsdp"}).memory_bytes
+    block = 2 * 4096 * (8 * 4096 + 3 * 11008)
+    assert kept == 32 * block - (32 * 2 * 4096 * 4096 + block)
+    full = {item.name: item.num_bytes for item in seven_b({"name": "single", "precision": "fp32"}).memory}
+    assert "bf16 copy of the weights" not in full and full["logits (at most)"] == 4096 * 32000 * 12
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_state_is_counted_as_the_optimizer_allocates_it(optimizer: str) -> None:
+    config = Config(optimizer=optimizer)  # type: ignore[arg-type]
+    model = torch.nn.Linear(7, 5)
+    built = config.optimizer.build(model.named_parameters())
+    model(torch.ones(1, 7)).sum().backward()
+    built.step()
+    allocated = sum(value.numel() for state in built.state.values() for value in state.values() if value.dim() > 0)
+    assert allocated == config.optimizer.state_tensors * 40
+
+
+@pytest.mark.parametrize("sizes", [{}, {"hidden_size": 24, "intermediate_size": 40, "num_layers": 3, "num_heads": 2, "vocab_size": 301}])
+def test_the_tiny_model_is_counted_without_building_it(sizes: dict[str, int]) -> None:
+    config = TinyConfig(**sizes)  # type: ignore[arg-type]
+    tokenizer = tiny_tokenizer(["a few words and some more"], config.vocab_size)
+    built = tiny_model(config, tokenizer, seed=0)
+    built.resize_token_embeddings(config.vocab_size)  # the vocabulary a larger text would fill
+    counted = shape_of(built, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size, vocab_size=config.vocab_size)
+    assert counted == tiny_shape(config)
+
+
+def test_a_7b_folder_is_counted_without_its_weights(tmp_path: Path) -> None:
+    LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    shape, limit, reason = model_shape(Config(model=str(tmp_path)))  # type: ignore[arg-type]
+    assert (shape, limit, reason) == (SEVEN_B, 2048, "")
+
+
+def test_a_model_of_another_kind_has_no_estimate_but_a_plan(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        bare = LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1))
+    assert shape_of(bare, hidden_size=8, intermediate_size=8, vocab_size=300).num_blocks == 1
+    (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    shown = dry_run(Config.model_validate({"model": str(tmp_path), "data": {"num_authors": 20}}))
+    assert "memory of one worker: unknown, because the config of" in shown and "steps an epoch" in shown
+
+
+# preflight
+
+
+@pytest.mark.parametrize(("workers", "cpus", "gpus", "word"), [(3, 2, 0, "has 2"), (2, 64, 1, "GPUs"), (5, 4.0, 0.0, "CPUs")])
+def test_more_workers_than_devices_are_refused(workers: int, cpus: float, gpus: float, word: str) -> None:
+    with pytest.raises(InputError, match=word):
+        check_workers(workers, num_cpus=cpus, num_gpus=gpus)
+    check_workers(int(gpus or cpus), num_cpus=cpus, num_gpus=gpus)
+
+
+def test_output_must_be_a_folder_that_can_be_made(tmp_path: Path) -> None:
+    check_output(str(tmp_path / "a" / "b"))
+    check_output("s3://bucket/run")
+    assert list(tmp_path.iterdir()) == []  # nothing is made yet
+    (tmp_path / "file").write_text("")
+    for output in ("file", "file/below"):
+        with pytest.raises(InputError, match="--output"):
+            check_output(str(tmp_path / output))
+
+
+def test_a_full_disk_is_told_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = seven_b({"name": "fsdp", "num_workers": 8}, output=str(tmp_path / "run"))
+    config = Config.model_validate({"output": str(tmp_path / "run"), "engine": {"num_workers": 8}})
+    # two checkpoints are kept while a third is written, 12 bytes a parameter each, and the model is exported in fp32
+    assert made.disk_bytes(config) == (3 * 12 + 4) * SEVEN_B.num_params
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, made.disk_bytes(config)))
+    preflight(config, made, num_cpus=8, num_gpus=8)
+    with pytest.raises(InputError, match=r"needs about 502\.\d.GiB .* 251\.\d.GiB free"):
+        preflight(config.model_copy(update={"twin": "adamw"}), made, num_cpus=8, num_gpus=8)
+    check_disk("s3://bucket/run", 10**18)
