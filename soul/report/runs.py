@@ -30,7 +30,9 @@ class Run:
         """What repeats the run: the command that the manifest recorded, else its config; None where there is neither."""
         recorded = self.manifest.get("command")
         if isinstance(recorded, list):
-            return shlex.join(str(part) for part in recorded)
+            words = [str(part) for part in recorded]
+            script = words[0] if words and words[0].endswith(".py") and "/" not in words[0] else None
+            return shlex.join(["python", f"pipelines/{script}", *words[1:]] if script else words)
         if isinstance(recorded, str):
             return recorded
         if not self.config:

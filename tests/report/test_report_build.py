@@ -184,7 +184,9 @@ def test_reproduction_command(run_dir: RunDirs) -> None:
     assert (
         "python pipelines/unlearn.py --config 'a b/config.json' --output 'a b-again'" in Page(build_report([folder]).html.read_text()).text
     )
-    (folder / "manifest.json").write_text(json.dumps({"command": ["python", "pipelines/tofu.py", "--seed", "1"]}))
+    for command in (["python", "pipelines/tofu.py", "--seed", "1"], ["tofu.py", "--seed", "1"], "python pipelines/tofu.py --seed 1"):
+        (folder / "manifest.json").write_text(json.dumps({"command": command}))
+        assert load_run(folder).command == "python pipelines/tofu.py --seed 1"
     text = Page(build_report([folder]).html.read_text()).text
     assert "python pipelines/tofu.py --seed 1" in text and "a b/config.json" not in text
 
