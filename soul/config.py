@@ -139,8 +139,10 @@ class Preparation(_Section):
     seed: int
 
 
-# A thousand steps let the tiny Llama memorise a few hundred rows (first measurements); fine-tuning follows TOFU, arXiv 2401.06121.
-FROM_SCRATCH: dict[str, Any] = {"learning_rate": 2e-3, "epochs": 10**6, "max_steps": 1000, "batch_size": 16} | {
+# The tiny Llama memorises a few hundred rows in a thousand steps, more rows in about thirty passes (first measurements); fine-tuning
+# follows TOFU, arXiv 2401.06121.
+FROM_SCRATCH_STEPS, FROM_SCRATCH_PASSES = 1000, 30
+FROM_SCRATCH: dict[str, Any] = {"learning_rate": 2e-3, "epochs": 10**6, "max_steps": None, "batch_size": 16} | {
     "warmup_fraction": 0.05,
     "schedule": "cosine",
 }
@@ -155,9 +157,9 @@ class PrepareConfig(_Section):
 
     learning_rate: float | None = Field(None, gt=0, description="peak learning rate (null: 2e-3 from scratch, 1e-5 with finetune)")
     epochs: int | None = Field(
-        None, ge=1, description="passes over the data (null: as many as max_steps takes from scratch, 5 with finetune)"
+        None, ge=1, description="passes over the data (null: from scratch 30, and as many as make 1000 steps; 5 with finetune)"
     )
-    max_steps: int | None = Field(None, ge=1, description="optimizer steps (null: 1000 from scratch, what the epochs take with finetune)")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps (null: what the epochs take)")
     batch_size: int | None = Field(None, ge=1, description="rows per optimizer step (null: 16 from scratch, 32 with finetune)")
     warmup_fraction: float | None = Field(
         None, ge=0, lt=1, description="share of warm-up steps (null: 0.05 from scratch, 0.2 with finetune)"
@@ -169,10 +171,8 @@ class PrepareConfig(_Section):
     seed: int = Field(0, ge=0, description="initial weights and data order; apart from the run's seed, so that seeds share one target")
 
     def resolved(self, *, finetune: bool) -> Preparation:
-        """Every null replaced by its mode's default. A number of epochs without one of steps lifts the default limit of steps."""
-        defaults = dict(FROM_BASE if finetune else FROM_SCRATCH)
-        if self.epochs is not None:
-            defaults["max_steps"] = None
+        """Every null replaced by its mode's default."""
+        defaults = FROM_BASE if finetune else FROM_SCRATCH
         return Preparation(**{**defaults, **{name: value for name, value in self.model_dump().items() if value is not None}})
 
 
@@ -198,7 +198,7 @@ class Config(_Section):
     twin: str | None = Field(None, description=f"a second optimizer to run beside and compare with: {', '.join(OPTIMIZERS)} (null: none)")
     twin_learning_rate: float | None = Field(None, gt=0, description="learning rate of the twin (null: its optimizer's default)")
     resume: bool = Field(False, description="continue the run that the output folder holds")
-    samples: bool = Field(False, description="show generated answers in the report; they may quote the data")
+    samples: bool = Field(False, description="write the first generated answers to samples.jsonl; they quote the data")
     wandb: str | None = Field(None, min_length=1, description="Weights & Biases project that receives the metrics (null: none)")
     progress: bool = Field(True, description="show progress on the terminal")
     verbose: bool = Field(False, description="log more, and show tracebacks of bad input")
@@ -253,12 +253,15 @@ class Config(_Section):
     def preparation(self) -> Preparation:
         return self.prepare.resolved(finetune=self.model.finetune)
 
-    def prepare_train(self) -> TrainConfig:
-        """The preparation as the training loop takes it."""
+    def prepare_train(self, num_rows: int) -> TrainConfig:
+        """The preparation on so many rows as the training loop takes it."""
         chosen = self.preparation
+        max_steps = chosen.max_steps
+        if self.model.path is None and self.prepare.epochs is None and max_steps is None:
+            max_steps = max(FROM_SCRATCH_STEPS, FROM_SCRATCH_PASSES * -(-num_rows // chosen.batch_size))
         return TrainConfig(
             epochs=chosen.epochs,
-            max_steps=chosen.max_steps,
+            max_steps=max_steps,
             batch_size=chosen.batch_size,
             micro_batch_size=min(chosen.batch_size, 2 * self.train.micro_batch_size),
             warmup_fraction=chosen.warmup_fraction,
@@ -306,7 +309,7 @@ class Config(_Section):
             share = -(-train.batch_size // workers)
             found.append(f"micro_batch_size {train.micro_batch_size} is never filled: a worker's share of a batch is {share} row(s).")
         if self.samples:
-            found.append("samples puts generated answers, which may quote the data, into the report.")
+            found.append("samples writes generated answers, which quote the data, to samples.jsonl.")
         return tuple(found)
 
 
@@ -323,7 +326,7 @@ class EvaluateConfig(_Section):
     address: str | None = Field(
         None, min_length=1, description="Ray cluster to join (null: RAY_ADDRESS if set, else a local Ray for this run)"
     )
-    samples: bool = Field(False, description="show generated answers in the report; they may quote the data")
+    samples: bool = Field(False, description="write the first generated answers to samples.jsonl; they quote the data")
     progress: bool = Field(True, description="show progress on the terminal")
     verbose: bool = Field(False, description="log more, and show tracebacks of bad input")
 

@@ -176,13 +176,17 @@ def test_warnings_name_what_is_not_used() -> None:
 
 def test_preparation_fills_every_gap_by_mode() -> None:
     scratch, tuned = PrepareConfig().resolved(finetune=False), PrepareConfig().resolved(finetune=True)
-    assert (scratch.learning_rate, scratch.max_steps, scratch.batch_size, scratch.schedule) == (2e-3, 1000, 16, "cosine")
+    assert (scratch.learning_rate, scratch.max_steps, scratch.batch_size, scratch.schedule) == (2e-3, None, 16, "cosine")
     assert (tuned.learning_rate, tuned.max_steps, tuned.epochs, tuned.schedule) == (1e-5, None, 5, "linear")
     assert PrepareConfig(epochs=3).resolved(finetune=False).max_steps is None
     both = PrepareConfig(epochs=3, max_steps=7, learning_rate=0.5).resolved(finetune=True)
     assert (both.epochs, both.max_steps, both.learning_rate) == (3, 7, 0.5)
-    train = Config(prepare={"max_steps": 30}).prepare_train()  # type: ignore[arg-type]
+    train = Config(prepare={"max_steps": 30}).prepare_train(100)  # type: ignore[arg-type]
     assert train.total_steps(steps_per_epoch=4) == 30
+    lengths = {rows: Config().prepare_train(rows).max_steps for rows in (1, 400, 1600, 1601)}
+    assert lengths == {1: 1000, 400: 1000, 1600: 3000, 1601: 3030}  # thirty passes, and never fewer than 1000 steps
+    assert Config(prepare={"epochs": 2}).prepare_train(1600).max_steps is None  # type: ignore[arg-type]
+    assert Config(model={"path": "m", "finetune": True}).prepare_train(1600).total_steps(50) == 250  # type: ignore[arg-type]
     assert Config().prepare_optimizer().name == "adamw"
 
 

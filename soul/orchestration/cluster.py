@@ -10,9 +10,11 @@ from contextlib import contextmanager
 
 import ray
 import ray.data
+import torch
 from ray.exceptions import AuthenticationError
 
 from soul.orchestration import ENVIRONMENT
+from soul.preflight import check_workers
 from soul.records import InputError
 
 OBJECT_STORE_BYTES = 300 * 2**20
@@ -39,14 +41,13 @@ def cluster(address: str | None, *, num_workers: int, verbose: bool) -> Iterator
     address = address or os.environ.get("RAY_ADDRESS")
     owned = not ray.is_initialized()
     if owned and address is None:
-        check_workers(num_workers, cpus=float(os.cpu_count() or 1), gpus=None, where="this machine")
+        check_workers(num_workers, num_cpus=os.cpu_count() or 1, num_gpus=torch.cuda.device_count())
         _start_local(num_workers, verbose)
     elif owned:
         _join(address, verbose)
     try:
         resources = ray.cluster_resources()
-        gpus = resources.get("GPU", 0.0)
-        check_workers(num_workers, cpus=resources.get("CPU", 0.0), gpus=gpus or None, where="the cluster")
+        check_workers(num_workers, num_cpus=resources.get("CPU", 0), num_gpus=resources.get("GPU", 0), where="the cluster")
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
@@ -86,14 +87,3 @@ def _join(address: str | None, verbose: bool) -> None:
             f"the Ray cluster at {address} cannot be joined ({type(error).__name__}). Check the address, that its Ray and Python versions "
             "are this environment's, and the token: RAY_AUTH_MODE=token with the cluster's RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."
         ) from error
-
-
-def check_workers(num_workers: int, *, cpus: float, gpus: float | None, where: str) -> None:
-    """Refuse more workers than there is room for: Ray would wait for ever.
-
-    Raises:
-        InputError: says what there is.
-    """
-    kind, have = ("GPUs", gpus) if gpus is not None else ("CPUs", cpus)
-    if num_workers > have:
-        raise InputError(f"{num_workers} training workers were asked for, but {where} has {have:g} {kind}. Lower --num-workers.")

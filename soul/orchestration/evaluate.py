@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,9 +26,10 @@ from soul.evaluate.plan import ItemResult, WorkItem, plan_evaluation, run_item
 from soul.models.load import load_model, load_tokenizer
 from soul.orchestration.data import Sources
 from soul.orchestration.progress import Display
-from soul.rundir import digest, write_json
+from soul.rundir import digest, write_atomically, write_json
 
 _LOG = TypeAdapter(EvalLog)
+NUM_SAMPLES = 10
 
 
 @dataclass(frozen=True)
@@ -99,17 +101,28 @@ class Judge:
             for examiner in examiners:
                 ray.kill(examiner)
 
-    def judge(self, name: str, model: str, *, key: str, folder: Path) -> Judged:
+    def judge(self, name: str, model: str, *, key: str, folder: Path, samples: Path | None = None) -> Judged:
         """As `evaluate`; the log is kept in `folder` under a hash of `key` (what names the weights), rows and settings."""
         rows = {split: fingerprint(records) for split, records in self.sources.evaluated.items()}
         kept = folder / f"{digest([key, rows, self.config.evaluate.model_dump(), self.config.data.chat], length=20)}.json"
-        if kept.is_file():
+        if kept.is_file() and (samples is None or samples.is_file()):
             self.display.say(f"evaluation of {name}: made before")
             return Judged(_LOG.validate_json(kept.read_bytes()), 0.0)
         started = time.perf_counter()
         evaluation = self.evaluate(name, model)
+        if samples is not None:
+            self.write_samples(evaluation, samples)
         write_json(kept, dataclasses.asdict(evaluation.log))
         return Judged(evaluation.log, time.perf_counter() - started)
+
+    def write_samples(self, evaluation: Evaluation, path: Path) -> None:
+        """The first forget and retain questions with the true and the generated answer: text of the data, only where it was asked for."""
+        rows = [
+            {"split": split, "id": record.id, "prompt": record.prompt, "response": record.response, "generated": generated}
+            for split in ("forget", "retain")
+            for record, generated in zip(self.sources.evaluated[split][:NUM_SAMPLES], evaluation.generations.get(split, ()), strict=False)
+        ]
+        write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def stop_ids_of(model: str, tokenizer: Any, options: dict[str, Any]) -> tuple[int, ...]:

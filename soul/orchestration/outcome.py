@@ -9,14 +9,17 @@ from typing import Any
 
 from soul.config import Config
 from soul.evaluate.eval_log import EvalLog
-from soul.evaluate.open_unlearning_log import write_open_unlearning_log
+from soul.evaluate.open_unlearning_log import FILE, write_open_unlearning_log
 from soul.evaluate.score import score
-from soul.evaluate.tofu_log import write_tofu_log
+from soul.evaluate.tofu_log import AGGREGATED, write_tofu_log
 from soul.orchestration.data import Sources
 from soul.orchestration.evaluate import Judged
+from soul.orchestration.gold import gold_folder
 from soul.report.results import Cost, EpochRow, ModelResults, Results, save_results
 from soul.rundir import RunDir, versions, write_json
 from soul.train.job import JobResult
+
+NO_RETRAINED = "no retrained model was given: pass --retrained with a model folder, a run directory or a published log"
 
 
 def write_outcome(
@@ -27,13 +30,13 @@ def write_outcome(
     unlearned: Judged,
     target: Judged,
     retrained: EvalLog | None,
-    why_no_retrained: str,
 ) -> None:
     """Write one arm's logs/, results.json and manifest.json."""
     run = RunDir(Path(config.output).resolve())
-    write_tofu_log(unlearned.log, run.logs / "eval_log_aggregated.json")
-    write_open_unlearning_log(unlearned.log, run.logs / "TOFU_EVAL.json")
-    reasons = {} if retrained is not None else {"models.retrained": why_no_retrained}
+    write_logs(unlearned.log, run.logs)
+    if retrained is not None:
+        write_logs(retrained, gold_folder(run))
+    reasons = {} if retrained is not None else {"models.retrained": NO_RETRAINED}
     gold = None if retrained is None else _entry(retrained, retrained, config)
     results = Results(
         benchmark=config.benchmark if config.benchmark == "own" else f"{sources.benchmark.name}/{config.data.forget}",
@@ -69,6 +72,12 @@ def write_outcome(
         },
     )
     save_results(results, run.results)
+
+
+def write_logs(log: EvalLog, folder: Path) -> None:
+    """A model's row values in TOFU's and in OpenUnlearning's format, for other tools and as somebody's gold standard."""
+    write_tofu_log(log, folder / AGGREGATED)
+    write_open_unlearning_log(log, folder / FILE)
 
 
 def _entry(log: EvalLog, retrained: EvalLog | None, config: Config) -> ModelResults:

@@ -13,6 +13,7 @@ from typing import Literal
 
 from soul.config import Config, prepare_key
 from soul.data.sources import Benchmark
+from soul.data.store import TokenStore
 from soul.models.load import check_model_folder, save_model
 from soul.models.tiny import tiny_model, tiny_tokenizer
 from soul.objectives.methods import Finetune
@@ -50,6 +51,11 @@ def starting_model(config: Config, benchmark: Benchmark, cache: Path) -> str:
     return str(folder)
 
 
+def preparing_engine(config: Config) -> EngineConfig:
+    """The run's own engine for a base model; one process for a tiny one, which gains nothing from sharding."""
+    return config.engine if config.model.finetune else EngineConfig()
+
+
 def prepared_model(config: Config, kind: Kind, *, start: str, stores: Mapping[str, Path], cache: Path, display: Display) -> Prepared:
     """The target (trained on everything) or the retrained model (on everything but the forget set)."""
     splits = [split for split in ("forget", "retain", *WORLD_SETS) if split in stores]
@@ -63,15 +69,14 @@ def prepared_model(config: Config, kind: Kind, *, start: str, stores: Mapping[st
         display.say(f"{kind} model: made before ({run.path})")
         return Prepared(str(run.model), key)
     run.create()
-    engine = config.engine if config.model.finetune else EngineConfig(max_grad_norm=1.0)  # a tiny model gains nothing from sharding
     job = TrainJob(
         model=start,
         export=str(run.model),
         run_dir=str(run.path),
         method=Finetune(),
         optimizer=config.prepare_optimizer(),
-        train=config.prepare_train(),
-        engine=engine,
+        train=config.prepare_train(sum(len(TokenStore.open(stores[split])) for split in splits)),
+        engine=preparing_engine(config),
         stores={"retain": tuple(str(stores[split]) for split in splits)},
         revision=config.model.revision,
         trust_remote_code=config.model.trust_remote_code,

@@ -1,0 +1,45 @@
+"""What `--retrained` names: a model to evaluate, a run that has a gold standard, or a published log. Looked at before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from soul.evaluate.eval_log import EvalLog
+from soul.evaluate.logs import read_log
+from soul.models.load import check_model_folder
+from soul.orchestration.prepare import Prepared
+from soul.records import InputError
+from soul.rundir import RunDir
+
+RUN_LOG = "retrained"
+
+
+def gold_folder(run: RunDir) -> Path:
+    """Where a run keeps the log of the retrained model that it was measured against."""
+    return run.logs / RUN_LOG
+
+
+def given_standard(name: str) -> Prepared | EvalLog:
+    """A model that is still to be evaluated, or a log that says everything.
+
+    Raises:
+        InputError: there is nothing of that name, or it is neither.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return read_log(path)
+    if not path.exists():
+        if name.count("/") == 1 and not name.startswith((".", "~", "/")):
+            return Prepared(name, name)  # a hub id
+        raise InputError(
+            f"--retrained {name} does not exist. Expected a model folder, a run directory, a log (.json, .json.gz) or a hub id."
+        )
+    run = RunDir(path)
+    for folder in (gold_folder(run), run.logs):
+        if folder.is_dir():
+            return read_log(folder)
+    if run.config.is_file() and (run.path / ".stages").is_dir():
+        raise InputError(f"--retrained {name} is a run without a gold standard (it has no logs/). Finish it first: soul resume {name}")
+    check_model_folder(str(path))
+    stamp = sorted((item.name, item.stat().st_size, item.stat().st_mtime_ns) for item in path.glob("*.safetensors"))
+    return Prepared(str(path), f"{path.resolve()} {stamp}")
