@@ -11,6 +11,7 @@ from itertools import islice
 import yaml
 
 from soul.config import Config
+from soul.data.columns import ColumnMap
 from soul.plan import ModelShape, Plan, plan_run, shape_of, tiny_shape
 from soul.records import InputError
 from soul.report.numbers import memory
@@ -18,6 +19,7 @@ from soul.report.numbers import memory
 # English text has about four characters a token; three leave a margin.
 CHARACTERS_PER_TOKEN = 3
 TEMPLATE_TOKENS = 32
+CHECKED_ROWS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +65,8 @@ def count_rows(config: Config) -> Rows:
     assert data.forget is not None  # filled in by the config
     if config.benchmark == "own":
         assert data.retain is not None
-        forget = _sizes(data.forget, data.limit_forget)
-        retain = _sizes(data.retain, data.limit_retain)
+        forget = _sizes("forget", data.forget, data.limit_forget, data.columns)
+        retain = _sizes("retain", data.retain, data.limit_retain, data.columns)
         return Rows(len(forget), len(retain), max([*forget, *retain], default=0))
     from soul.data.sources import open_benchmark
 
@@ -84,10 +86,12 @@ def count_rows(config: Config) -> Rows:
     return Rows(len(opened.splits["forget"]), len(opened.splits["retain"]), longest)
 
 
-def _sizes(uri: str, limit: int | None) -> list[int]:
-    """Characters of every row of a file, all its columns together; rows are checked when the run reads them."""
+def _sizes(split: str, uri: str, limit: int | None, columns: ColumnMap) -> list[int]:
+    """Characters of every row of a file, all its columns together. The first rows are checked, the rest when the run reads them."""
     from soul.data.files import read_rows
+    from soul.data.sources import load_split
 
+    load_split(uri, split=split, columns=columns, limit=min(limit or CHECKED_ROWS, CHECKED_ROWS))
     return [sum(len(value) for value in row.values() if isinstance(value, str)) for _, row in islice(read_rows(uri), limit)]
 
 
@@ -138,10 +142,10 @@ def batch_lines(config: Config, plan: Plan, rows: Rows) -> list[tuple[str, str]]
         lines.append(("curvature updates", f"{plan.curvature_updates:,}: about {share}"))
     lines.append(("checkpoints", f"{plan.checkpoints:,}, of which {min(plan.checkpoints, train.keep_checkpoints):,} are kept"))
     if config.makes_target:
-        chosen = config.preparation
+        chosen = config.prepare_train(rows.num_forget + rows.num_retain)
         models = "target and retrained model" if config.makes_retrained else "target"
-        steps = f"{chosen.max_steps:,} steps" if chosen.max_steps is not None else f"{chosen.epochs:,} epochs"
-        lines.append((f"before that, {models}", f"{steps} of {chosen.batch_size} rows each, unless they are in {config.cache_folder}"))
+        length = f"{chosen.epochs:,} epochs" if chosen.max_steps is None else f"about {chosen.max_steps:,} steps"
+        lines.append((f"before that, {models}", f"{length} of {chosen.batch_size} rows each, unless they are in {config.cache_folder}"))
     return lines
 
 

@@ -277,6 +277,22 @@ def test_a_bad_row_is_never_quoted(rows: list[dict[str, Any]], tmp_path: Path, c
     assert CANARY not in told(capsys, "tofu", "--data", str(tmp_path), "--dry-run")
 
 
+@pytest.mark.parametrize("row", [{"question": CANARY}, {"question": CANARY, "answer": 1}, {CANARY: CANARY}, f"{CANARY} {{"])
+def test_a_bad_row_of_ones_own_is_never_quoted(row: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "good.jsonl").write_text('{"question": "a?", "answer": "b"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"question": "a?", "answer": "b"}\n' + (row if isinstance(row, str) else json.dumps(row)) + "\n")
+    files = ["--forget", str(tmp_path / "good.jsonl"), "--retain", str(tmp_path / "bad.jsonl")]
+    message = told(capsys, "unlearn", "--model", "m", *files, "--dry-run", "--verbose")
+    assert CANARY not in message and "bad.jsonl" in message and "2" in message
+
+
+def test_evaluation_of_own_files(pipeline: list[Any]) -> None:
+    files = ["--benchmark", "own", "--forget", "f.jsonl", "--retain", "r.jsonl", "--columns", "response=out", "--num-workers", "2"]
+    assert main(["evaluate", "folder", *files]) == DONE
+    (config,) = pipeline
+    assert (config.data.source, config.data.columns.response, config.num_workers) == ("files", "out", 2)
+
+
 def test_data_passed_as_settings_is_never_quoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number, text in enumerate((json.dumps([{"question": CANARY}]), json.dumps({CANARY: CANARY}), f"{CANARY}\n{CANARY}: {CANARY}: x")):
         file = tmp_path / f"{number}.json"
