@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from soul.records import InputError
@@ -56,9 +57,9 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    attention: str = "sdpa",
+    attention: str | None = None,
 ) -> PreTrainedModel:
-    """Weights from safetensors only, in `dtype`, on the CPU, dropout off.
+    """Weights from safetensors only, in `dtype`, on the CPU, dropout off. `attention`: None is the best that the architecture has.
 
     Raises:
         InputError: the model is missing, is no causal language model, or has no safetensors weights.
@@ -78,7 +79,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             attn_implementation=attention,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(
             f"no causal language model could be loaded from {name_or_path} ({type(error).__name__}): {_first_line(error)}"
         ) from error
@@ -94,20 +95,25 @@ def save_model(
     state: dict[str, torch.Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write `folder` so that it appears whole or not at all; `state` replaces the model's own weights, cast to `dtype`."""
+    """Write `folder` so that it appears whole or not at all; `state` replaces the model's own weights, cast to `dtype`.
+
+    A folder that is there already is replaced once the new one is complete.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     weights = model.state_dict() if state is None else state
     if dtype is not None:
         weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
-        model.config.dtype = dtype
-    model.config.use_cache = True
-    model.save_pretrained(staging, state_dict=weights)
-    tokenizer.save_pretrained(staging)
-    staging.chmod(0o755)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(staging, folder)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as parent:
+        staging, old = Path(parent) / "new", Path(parent) / "old"
+        staging.mkdir()
+        model.save_pretrained(staging, state_dict=weights)
+        config = copy.deepcopy(model.config)
+        config.use_cache, config.dtype = True, dtype or config.dtype
+        config.save_pretrained(staging)  # over the one of training, which names the type that the weights have in memory
+        tokenizer.save_pretrained(staging)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(staging, folder)
 
 
 def _first_line(error: Exception) -> str:

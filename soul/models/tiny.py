@@ -7,10 +7,10 @@ question-answer pairs in about a thousand steps on one CPU core.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -29,6 +29,15 @@ class TinyConfig(BaseModel):
     num_heads: int = Field(4, ge=1, description="attention heads")
     vocab_size: int = Field(4000, ge=300, description="byte-level BPE vocabulary, trained on the data")
     max_length: int = Field(512, ge=16, description="longest sequence, tokens")
+
+    @model_validator(mode="after")
+    def _heads_of_even_width(self) -> Self:
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"hidden_size must be a multiple of {2 * self.num_heads} (two for each of {self.num_heads} heads: positions rotate pairs), "
+                f"got {self.hidden_size}. Change hidden_size or num_heads."
+            )
+        return self
 
 
 def tiny_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -49,7 +58,7 @@ def tiny_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
 def tiny_model(config: TinyConfig, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> LlamaForCausalLM:
     """Random weights, a pure function of (config, tokenizer, seed); leaves the global random state as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs, which are not restored
         return LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=len(tokenizer),
