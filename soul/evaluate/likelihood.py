@@ -102,7 +102,7 @@ def score_share(
     *,
     pad_id: int,
     device: torch.device,
-    batch_tokens: int = 8192,
+    batch_tokens: int = 2048,
     rank: int = 0,
     world: int = 1,
     progress: Callable[[int], None] | None = None,
@@ -131,7 +131,7 @@ def score_answers(
     *,
     pad_id: int,
     device: torch.device,
-    batch_tokens: int = 8192,
+    batch_tokens: int = 2048,
     progress: Callable[[int], None] | None = None,
 ) -> list[AnswerScore]:
     """The scores of all rows, in their order."""

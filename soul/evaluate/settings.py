@@ -17,7 +17,7 @@ class EvalSettings(BaseModel):
     )
     generate: bool = Field(True, description="generate answers; without them ROUGE-L, accuracy and model utility are null")
     max_new_tokens: int = Field(200, ge=1, description="cap of a generated answer, tokens; a model that never stops costs all of them")
-    batch_tokens: int = Field(8192, ge=1, description="tokens of a likelihood batch, padding included")
+    batch_tokens: int = Field(2048, ge=1, description="tokens of a likelihood batch, padding included")
     generation_batch_tokens: int = Field(16384, ge=1, description="tokens in the KV cache of a generation batch, prompts and answers")
     min_k: float = Field(0.4, gt=0, le=1, description="share of least likely tokens that the Min-K attacks look at")
     sentence_model: str | None = Field(None, description="folder or hub id of a sentence-embedding model for `accuracy`; null without")
