@@ -14,7 +14,7 @@ __all__ = ["read_log", "write_open_unlearning_log", "write_tofu_log"]
 
 
 def read_log(path: str | Path) -> EvalLog:
-    """A .json or .json.gz file, or an evaluation folder that holds one under its usual name.
+    """A .json or .json.gz file, an evaluation folder that holds one under its usual name, or a run directory.
 
     Raises:
         InputError: no log there, or a bad one; names the file and the key.
@@ -42,4 +42,6 @@ def _read_folder(folder: Path) -> EvalLog:
         return log
     if (folder / FILE).is_file():
         return parse_open_unlearning(load_json(folder / FILE), folder / FILE)
+    if (folder / "logs").is_dir():  # a run directory, or what `soul evaluate` left
+        return _read_folder(folder / "logs")
     raise InputError(f"folder {folder} holds no evaluation log. Expected {AGGREGATED}, eval_log_forget.json or {FILE}.")

@@ -174,6 +174,8 @@ def test_logs_of_a_live_evaluation_give_its_scores_and_hold_no_text(evaluation: 
         text = (tmp_path / name).read_text()
         assert not any(record.response in text or record.prompt in text for records in splits.values() for record in records)
     assert score(read_log(tmp_path)).splits == direct.splits, "a folder reads as its most complete log"
+    evaluation.write_logs(tmp_path / "run" / "logs")
+    assert score(read_log(tmp_path / "run")).splits == direct.splits, "a run directory keeps them in logs/"
 
 
 def test_what_open_unlearning_reads_from_a_retain_log(evaluation: Evaluation, tmp_path: Path) -> None:
