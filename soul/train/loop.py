@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from soul.batch import Batch
-from soul.objectives.methods import Method, streamed_splits
+from soul.objectives.methods import Method
 from soul.optim.configs import OptimizerConfig
 from soul.optim.schedule import lr_factor
+from soul.optim.sophia import SophiaG
 from soul.train.config import TrainConfig
 from soul.train.engine import Engine
 from soul.train.objective import global_counts, sampled_loss, term_sums
@@ -59,7 +60,7 @@ class Hooks:
 
 def hessian_splits(method: Method, optimizer: OptimizerConfig) -> tuple[str, ...]:
     """Which streamed splits curvature is measured on: retain rows where the method has them (influence theory), else the leading split."""
-    streamed = streamed_splits(method)
+    streamed = tuple(term.split for term in method.terms() if term.weight > 0)
     choice = getattr(optimizer, "hessian_data", None)
     if choice == "both":
         return streamed
@@ -81,8 +82,6 @@ def _measure_curvature(
         engine.backward(loss, last=True)
         engine.hessian_step(decay=i == 0)
     progress.hessian_updates += 1
-    for group in engine.optimizer.param_groups:
-        group["hessian_updates"] = progress.hessian_updates
 
 
 def _descend(engine: Engine, batches: Sequence[Batch], method: Method, step: int) -> tuple[dict[str, float], float]:
@@ -130,6 +129,8 @@ def train(
         batches = [batch.to(engine.device) for batch in batches]
         if optimizer.curvature_due(progress.step):
             _measure_curvature(engine, batches, method, optimizer, progress, config.seed)
+        if isinstance(engine.optimizer, SophiaG):
+            engine.optimizer.set_hessian_updates(progress.hessian_updates)  # not in checkpoints: a resumed run counts from here
         rate = optimizer.learning_rate * lr_factor(
             progress.step, total_steps=total, warmup_fraction=config.warmup_fraction, schedule=config.schedule
         )

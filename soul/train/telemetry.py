@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from soul.optim.base import ShardOptimizer, local_shard
 from soul.optim.configs import OptimizerConfig, SophiaConfig
 from soul.optim.rho import RhoController, log_ratio_histogram
 from soul.optim.sophia import SophiaG
+from soul.optim.stats import OptimizerStats
 from soul.train.engine import Engine
 
 
@@ -54,16 +56,17 @@ class Telemetry:
         if not isinstance(optimizer, ShardOptimizer):
             squared = self._over_shards(adamw_update_squared_norm(optimizer).to(self.engine.device))
             return {"update_norm": math.sqrt(float(squared)), "unclipped_fraction": None, "rho": None}
-        sums = self._over_shards(optimizer.take_stats().sums.to(self.engine.device))
+        steps = OptimizerStats(self._over_shards(optimizer.take_stats().sums.to(self.engine.device)))
         row: dict[str, float | None] = {
-            "update_norm": math.sqrt(float(sums[3])),
-            "unclipped_fraction": float(sums[0] / sums[1].clamp(min=1)),
+            "update_norm": math.sqrt(float(steps.update_squared_norm)),
+            "unclipped_fraction": float(steps.unclipped_fraction),
+            "rho": optimizer.param_groups[0].get("rho"),
         }
-        row["rho"] = optimizer.param_groups[0].get("rho")
         if isinstance(optimizer, SophiaG):
-            curvature = self._over_shards(optimizer.curvature_stats().sums.to(self.engine.device))
-            row["hessian_mean"] = float(curvature[2] / curvature[0].clamp(min=1))
-            row["hessian_zero_fraction"] = float(curvature[1] / curvature[0].clamp(min=1))
+            local = optimizer.curvature_stats()
+            curvature = replace(local, sums=self._over_shards(local.sums.to(self.engine.device)))
+            row["hessian_mean"] = float(curvature.mean)
+            row["hessian_zero_fraction"] = float(curvature.zero_fraction)
         return row
 
     def _over_shards(self, tensor: Tensor) -> Tensor:
