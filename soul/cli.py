@@ -9,6 +9,7 @@ import argparse
 import difflib
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -111,6 +112,9 @@ def run_command(command: str, argv: Sequence[str] | None = None, *, prog: str | 
         return _complain(str(error))
     except ValidationError as error:
         return _complain("\n".join(_problems(error)))
+    except BrokenPipeError:  # the reader of our output has left: `soul score LOG | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
     except (ArithmeticError, OSError) as error:
         if verbose:
             raise
@@ -199,6 +203,12 @@ def _evaluate(parsed: argparse.Namespace) -> int:
 def _add_score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("log", metavar="LOG", help="evaluation log of TOFU or OpenUnlearning: .json, .json.gz or its folder")
     parser.add_argument("--retrained", metavar="LOG", help="log of the retrained model: adds forget quality and PrivLeak [default: none]")
+    parser.add_argument(
+        "--truth-ratio",
+        choices=("geometric", "arithmetic"),
+        default="geometric",
+        help="mean over the wrong answers: TOFU's leaderboard's, or arithmetic as in its paper [default: geometric]",
+    )
 
 
 def _score(parsed: argparse.Namespace) -> int:
@@ -206,7 +216,7 @@ def _score(parsed: argparse.Namespace) -> int:
     from soul.evaluate.score import score_log
 
     retrained = None if parsed.retrained is None else read_log(parsed.retrained)
-    print(json.dumps(score_log(read_log(parsed.log), retrained), indent=2, allow_nan=False))
+    print(json.dumps(score_log(read_log(parsed.log), retrained, mean=parsed.truth_ratio), indent=2, allow_nan=False))
     return DONE
 
 

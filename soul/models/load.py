@@ -102,7 +102,7 @@ def save_model(
     folder.parent.mkdir(parents=True, exist_ok=True)
     weights = model.state_dict() if state is None else state
     if dtype is not None:
-        weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
+        weights = _cast(weights, dtype)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as parent:
         staging, old = Path(parent) / "new", Path(parent) / "old"
         staging.mkdir()
@@ -114,6 +114,14 @@ def save_model(
         if folder.exists():
             os.replace(folder, old)
         os.replace(staging, folder)
+
+
+def _cast(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Floating-point weights in `dtype`; what was one tensor under two names (tied weights) stays one."""
+    done: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    for value in weights.values():
+        done.setdefault((value.data_ptr(), value.shape), value.to(dtype) if value.is_floating_point() else value)
+    return {name: done[value.data_ptr(), value.shape] for name, value in weights.items()}
 
 
 def _first_line(error: Exception) -> str:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, GenerationConfig
 from soul.config import Config, EvaluateConfig
 from soul.data.chat import ChatFormat
 from soul.data.sources import fingerprint
-from soul.evaluate.eval_log import EvalLog
+from soul.evaluate.eval_log import EvalLog, finite_columns
 from soul.evaluate.evaluator import Evaluation, finish, positions
 from soul.evaluate.generate import stop_ids
 from soul.evaluate.plan import ItemResult, WorkItem, plan_evaluation, run_item
@@ -112,7 +112,8 @@ class Judge:
         evaluation = self.evaluate(name, model)
         if samples is not None:
             self.write_samples(evaluation, samples)
-        write_json(kept, dataclasses.asdict(evaluation.log))
+        finite = {split: finite_columns(log) for split, log in evaluation.log.splits.items()}
+        write_json(kept, dataclasses.asdict(dataclasses.replace(evaluation.log, splits=finite)))
         return Judged(evaluation.log, time.perf_counter() - started)
 
     def write_samples(self, evaluation: Evaluation, path: Path) -> None:

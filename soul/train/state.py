@@ -42,7 +42,7 @@ def materialise_state(optimizer: torch.optim.Optimizer) -> None:
         for parameter in group["params"]:
             if parameter.requires_grad and not optimizer.state[parameter]:
                 optimizer.state[parameter] = {
-                    "step": torch.tensor(0.0),
+                    "step": torch.zeros((), device=parameter.device if group["fused"] or group["capturable"] else "cpu"),
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
@@ -52,6 +52,8 @@ def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
     """Write this rank's tensors into `folder`; rank 0 adds the metadata and `extra`, last."""
     distributed = dist.is_initialized() and dist.get_world_size() > 1
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / EXTRA).unlink(missing_ok=True)  # written over, the folder is incomplete until the end
+    materialise_state(optimizer)
     dcp.save(named_tensors(model, optimizer), checkpoint_id=str(folder), no_dist=not distributed)
     if not distributed or dist.get_rank() == 0:
         staging = folder / f".{EXTRA}"

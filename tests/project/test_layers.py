@@ -19,6 +19,8 @@ LAYERS = (
     ("train", "evaluate"),
     ("benchmarks", "report"),
     ("config",),
+    ("settings", "plan"),
+    ("flags", "preflight", "dry_run"),
     ("orchestration",),
     ("cli",),
 )
