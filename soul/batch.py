@@ -11,26 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from soul.records import TokenRow as TokenRow  # part of this module's interface; torch-free where it lives
+
 IGNORE_INDEX = -100
 SPLITS = ("forget", "retain", "refusal", "holdout")
-
-
-@dataclass(frozen=True, slots=True)
-class TokenRow:
-    """One tokenised record. Supervised are the ids from `num_prompt` on: the answer and the EOS behind it.
-
-    `index` is the record's position in its split: the key of every random draw made for it. `reference_logp` is the answer's
-    log-probability under the frozen target (nats, summed over its tokens), None where no term needs it.
-    """
-
-    index: int
-    ids: Sequence[int]
-    num_prompt: int
-    reference_logp: float | None = None
-
-    @property
-    def num_supervised(self) -> int:
-        return len(self.ids) - self.num_prompt
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
-"""What a row of data is to the rest of the project, and the error that bad input raises."""
+"""What a row of data is to the rest of the project, as text and as token ids, and the error that bad input raises."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -26,3 +27,21 @@ class Record:
     paraphrase: str | None = None
     perturbed: tuple[str, ...] = ()
     paraphrased_prompt: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """One tokenised record. Supervised are the ids from `num_prompt` on: the answer and the EOS behind it.
+
+    `index` is the record's position in its split: the key of every random draw made for it. `reference_logp` is the answer's
+    log-probability under the frozen target (nats, summed over its tokens), None where no term needs it.
+    """
+
+    index: int
+    ids: Sequence[int]
+    num_prompt: int
+    reference_logp: float | None = None
+
+    @property
+    def num_supervised(self) -> int:
+        return len(self.ids) - self.num_prompt

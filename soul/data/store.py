@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from soul.batch import TokenRow
+from soul.records import TokenRow
 
 SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("num_prompt", pa.int32())])
 ROWS_PER_BATCH = 1024
@@ -119,13 +119,17 @@ class TokenStore:
     def __len__(self) -> int:
         return len(self.lengths_R)
 
-    def row(self, index: int) -> TokenRow:
+    def values(self, index: int) -> tuple[list[int], int, float | None]:
+        """(ids, num_prompt, reference log-probability) of a row."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a store of {len(self)} rows")
         part = int(np.searchsorted(self.starts, index, side="right")) - 1
         batch, offset = self.batches[part], index - int(self.starts[part])
         reference = None if self.reference_logps_R is None else float(self.reference_logps_R[index])
-        return TokenRow(index, batch.column(0)[offset].as_py(), batch.column(1)[offset].as_py(), reference)
+        return batch.column(0)[offset].as_py(), batch.column(1)[offset].as_py(), reference
+
+    def row(self, index: int) -> TokenRow:
+        return TokenRow(index, *self.values(index))
 
     def rows(self) -> Iterator[TokenRow]:
         return (self.row(index) for index in range(len(self)))

@@ -11,15 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig
 
 from soul.batch import Batch
 from soul.data.feed import LocalFeed
-from soul.data.pairing import PairedPlan
-from soul.data.store import TokenStore
+from soul.data.steps import StepSource
 from soul.models.load import load_model, load_tokenizer
 from soul.objectives.methods import Method, streamed_splits
 from soul.optim.configs import OptimizerConfig
@@ -56,14 +54,12 @@ class TrainJob:
     trust_remote_code: bool = False
     export_dtype: str | None = None
 
-    def open_stores(self) -> dict[str, TokenStore]:
-        """The streamed splits' stores, the leading one first, with its reference log-probabilities if there are any."""
-        reference = None if self.reference is None else np.load(self.reference, allow_pickle=False)
+    @property
+    def source(self) -> StepSource:
+        """The rows of every step."""
         splits = streamed_splits(self.method)
-        return {
-            split: TokenStore.open(*map(Path, self.stores[split]), reference_logps_R=reference if i == 0 else None)
-            for i, split in enumerate(splits)
-        }
+        stores = {split: tuple(self.stores[split]) for split in splits}
+        return StepSource(stores, self.reference, self.train.batch_size, self.train.seed, self.train.bucket_window)
 
 
 @dataclass
@@ -78,12 +74,6 @@ class JobResult:
     epochs: list[dict[str, Any]]
 
 
-def plan_of(job: TrainJob, stores: Mapping[str, TokenStore]) -> PairedPlan:
-    """The run's data order."""
-    lengths = {split: store.lengths_R for split, store in stores.items()}
-    return PairedPlan(lengths, batch_size=job.train.batch_size, seed=job.train.seed, window=job.train.bucket_window)
-
-
 def run_job(
     job: TrainJob,
     engine: Engine,
@@ -95,8 +85,7 @@ def run_job(
 ) -> JobResult:
     """Train `job` on this rank. `make_steps` replaces the local feed (Ray Data's); `on_step(row, total)` is called on every rank."""
     tokenizer = load_tokenizer(job.model, revision=job.revision, trust_remote_code=job.trust_remote_code)
-    stores = job.open_stores()
-    plan = plan_of(job, stores)
+    plan, stores = job.source.open()
     total = job.train.total_steps(plan.steps_per_epoch)
 
     def build_model() -> nn.Module:
