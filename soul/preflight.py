@@ -56,13 +56,14 @@ def check_disk(output: str, needed_bytes: int) -> None:
         )
 
 
-def preflight(config: Config, plan: Plan, *, num_cpus: float, num_gpus: float, where: str = "this machine") -> None:
-    """All checks of a run and its twin.
+def preflight(config: Config, plan: Plan, *, num_cpus: float | None, num_gpus: float, where: str = "this machine") -> None:
+    """All checks of a run and its twin. `num_cpus` None: a cluster that is still to be joined, and asked then.
 
     Raises:
         InputError: the first one that fails.
     """
-    check_workers(config.engine.num_workers, num_cpus=num_cpus, num_gpus=num_gpus, where=where)
+    if num_cpus is not None:
+        check_workers(config.engine.num_workers, num_cpus=num_cpus, num_gpus=num_gpus, where=where)
     check_output(config.output)
     check_disk(config.output, plan.disk_bytes(config) * (1 if config.twin is None else 2))
 

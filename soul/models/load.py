@@ -5,11 +5,17 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports deepspeed, which says on stdout that it found no GPU
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from soul.records import InputError
 
@@ -34,6 +40,32 @@ def check_model_folder(name_or_path: str) -> None:
         raise InputError(
             f"model folder {path} has {found}, expected *.safetensors. Convert it with save_pretrained (safetensors is its default)."
         )
+
+
+def check_weights(name_or_path: str) -> None:
+    """Refuse a local folder whose weights are cut short or no safetensors, from their headers alone. Hub ids pass.
+
+    Raises:
+        InputError: names the file.
+    """
+    for file in sorted(Path(name_or_path).glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):  # the header says how long the file should be
+                pass
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{file} is no whole safetensors file ({_first_line(error)}). Copy or download it again.") from error
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers draws a progress bar for every load and save; a run has its own."""
+    were_enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_enabled:
+            transformers_logging.enable_progress_bar()
 
 
 def load_tokenizer(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -70,15 +102,16 @@ def load_model(
         for name in ("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "dropout"):
             if getattr(config, name, None):
                 setattr(config, name, 0.0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            name_or_path,
-            config=config,
-            revision=revision,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            attn_implementation=attention,
-        )
+        with _without_bars():
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                name_or_path,
+                config=config,
+                revision=revision,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                attn_implementation=attention,
+            )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(
             f"no causal language model could be loaded from {name_or_path} ({type(error).__name__}): {_first_line(error)}"
@@ -106,7 +139,8 @@ def save_model(
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as parent:
         staging, old = Path(parent) / "new", Path(parent) / "old"
         staging.mkdir()
-        model.save_pretrained(staging, state_dict=weights)
+        with _without_bars():
+            model.save_pretrained(staging, state_dict=weights)
         config = copy.deepcopy(model.config)
         config.use_cache, config.dtype = True, dtype or config.dtype
         config.save_pretrained(staging)  # over the one of training, which names the type that the weights have in memory

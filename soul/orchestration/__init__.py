@@ -9,6 +9,8 @@ ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that outlives an interrupted run must not start another Ray
+    "RAY_worker_maximum_startup_concurrency": "8",  # Ray warns of four times as many processes; two arms of a run need ten
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TQDM": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

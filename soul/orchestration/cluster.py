@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
 import ray.data
-import torch
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RayTaskError
 
 from soul.orchestration import ENVIRONMENT
 from soul.preflight import check_workers
@@ -38,13 +39,13 @@ def cluster(address: str | None, *, num_workers: int, verbose: bool) -> Iterator
         InputError: the cluster cannot be joined, or has too few CPUs or GPUs for `num_workers`.
     """
     _quiet(verbose)
-    address = address or os.environ.get("RAY_ADDRESS")
     owned = not ray.is_initialized()
-    if owned and address is None:
-        check_workers(num_workers, num_cpus=os.cpu_count() or 1, num_gpus=torch.cuda.device_count())
-        _start_local(num_workers, verbose)
-    elif owned:
-        _join(address, verbose)
+    if owned:
+        with _own_sigterm():
+            if is_local(address):
+                _start_local(num_workers, verbose)
+            else:
+                _join(address or os.environ["RAY_ADDRESS"], verbose)
     try:
         resources = ray.cluster_resources()
         check_workers(num_workers, num_cpus=resources.get("CPU", 0), num_gpus=resources.get("GPU", 0), where="the cluster")
@@ -53,9 +54,29 @@ def cluster(address: str | None, *, num_workers: int, verbose: bool) -> Iterator
         context.print_on_execution_start = False
         context.execution_options.preserve_order = True  # the paired stream relies on it
         yield
+    except RayTaskError as error:  # bad input that only a task could notice is still one line for the user
+        if isinstance(error.cause, InputError):
+            raise error.cause from None
+        raise
     finally:
         if owned:
             ray.shutdown()
+
+
+def is_local(address: str | None) -> bool:
+    """Whether a Ray of the run's own would be started."""
+    return not ray.is_initialized() and not (address or os.environ.get("RAY_ADDRESS"))
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray puts a handler of its own in the place of ours, one that exits with code 15 and says nothing."""
+    ours = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(ours) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ours)
 
 
 def _start_local(num_workers: int, verbose: bool) -> None:
@@ -79,7 +100,7 @@ def worker_environment() -> dict[str, str]:
     return {"PYTHONPATH": path, "OMP_NUM_THREADS": threads, **{name: os.environ[name] for name in ENVIRONMENT}}
 
 
-def _join(address: str | None, verbose: bool) -> None:
+def _join(address: str, verbose: bool) -> None:
     try:
         ray.init(address=address, log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR)
     except (ConnectionError, AuthenticationError, ValueError) as error:

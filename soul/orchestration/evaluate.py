@@ -14,7 +14,7 @@ from typing import Any
 import ray
 import torch
 from pydantic import TypeAdapter
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from soul.config import Config, EvaluateConfig
 from soul.data.chat import ChatFormat
@@ -22,7 +22,7 @@ from soul.data.sources import fingerprint
 from soul.evaluate.eval_log import EvalLog, finite_columns
 from soul.evaluate.evaluator import Evaluation, finish, positions
 from soul.evaluate.generate import stop_ids
-from soul.evaluate.plan import ItemResult, WorkItem, plan_evaluation, run_item
+from soul.evaluate.plan import EvalPlan, ItemResult, WorkItem, plan_evaluation, run_item
 from soul.models.load import load_model, load_tokenizer
 from soul.orchestration.data import Sources
 from soul.orchestration.progress import Display
@@ -54,6 +54,23 @@ class Examiner:
         return run_item(self.model, item, device=self.device)
 
 
+def plan_for(config: Config | EvaluateConfig, sources: Sources, model: str, tokenizer: PreTrainedTokenizerBase) -> EvalPlan:
+    """The evaluation of a model on the rows of `sources`, cut into work items.
+
+    Raises:
+        InputError: a row does not fit into the model.
+    """
+    options: dict[str, Any] = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
+    return plan_evaluation(
+        {split: rows for split, rows in sources.evaluated.items() if rows},
+        tokenizer,
+        config.evaluate,
+        chat=ChatFormat(config.data.chat),
+        eos_ids=stop_ids_of(model, tokenizer, options),
+        max_length=positions(AutoConfig.from_pretrained(model, **options)),
+    )
+
+
 @dataclass(frozen=True)
 class Judge:
     """Evaluates models on one set of rows with one set of settings, and remembers what it has evaluated."""
@@ -65,18 +82,9 @@ class Judge:
 
     def evaluate(self, name: str, model: str) -> Evaluation:
         """All metrics of one model."""
-        settings, given = self.config.evaluate, self.config.model
-        options: dict[str, Any] = {"revision": given.revision, "trust_remote_code": given.trust_remote_code}
-        tokenizer = load_tokenizer(model, **options)
-        limits = AutoConfig.from_pretrained(model, **options)
-        plan = plan_evaluation(
-            {split: rows for split, rows in self.sources.evaluated.items() if rows},
-            tokenizer,
-            settings,
-            chat=ChatFormat(self.config.data.chat),
-            eos_ids=stop_ids_of(model, tokenizer, options),
-            max_length=positions(limits),
-        )
+        given = self.config.model
+        tokenizer = load_tokenizer(model, revision=given.revision, trust_remote_code=given.trust_remote_code)
+        plan = plan_for(self.config, self.sources, model, tokenizer)
         results = self._examine(f"evaluate {name}", model, plan.items)
         return finish(plan, results, tokenizer, device=torch.device("cpu"), source=name)
 

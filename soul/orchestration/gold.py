@@ -7,7 +7,7 @@ from pathlib import Path
 from soul.evaluate.eval_log import EvalLog
 from soul.evaluate.logs import read_log
 from soul.models.load import check_model_folder
-from soul.orchestration.prepare import Prepared
+from soul.orchestration.prepare import Prepared, given_model
 from soul.records import InputError
 from soul.rundir import RunDir
 
@@ -30,7 +30,7 @@ def given_standard(name: str) -> Prepared | EvalLog:
         return read_log(path)
     if not path.exists():
         if name.count("/") == 1 and not name.startswith((".", "~", "/")):
-            return Prepared(name, name)  # a hub id
+            return given_model(name)  # a hub id
         raise InputError(
             f"--retrained {name} does not exist. Expected a model folder, a run directory, a log (.json, .json.gz) or a hub id."
         )
@@ -41,5 +41,4 @@ def given_standard(name: str) -> Prepared | EvalLog:
     if run.config.is_file() and (run.path / ".stages").is_dir():
         raise InputError(f"--retrained {name} is a run without a gold standard (it has no logs/). Finish it first: soul resume {name}")
     check_model_folder(str(path))
-    stamp = sorted((item.name, item.stat().st_size, item.stat().st_mtime_ns) for item in path.glob("*.safetensors"))
-    return Prepared(str(path), f"{path.resolve()} {stamp}")
+    return given_model(str(path))

@@ -5,7 +5,6 @@ Every stage leaves a marker; running the same command again continues where the 
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,45 +17,65 @@ from rich.console import Console
 from soul.config import Config, EvaluateConfig
 from soul.evaluate.eval_log import EvalLog
 from soul.evaluate.score import score_log
-from soul.models.load import check_model_folder
+from soul.models.load import load_tokenizer
 from soul.objectives.methods import TITLES
 from soul.orchestration.arm import unlearn
+from soul.orchestration.checks import check_local_workers, check_model, check_run
+from soul.orchestration.claim import check_claim, claim, is_done, mark_done, run_dir
 from soul.orchestration.cluster import cluster
 from soul.orchestration.data import Sources, cache_of, open_sources, trained_splits
-from soul.orchestration.evaluate import Judge, Judged
+from soul.orchestration.evaluate import Judge, Judged, plan_for
 from soul.orchestration.gold import given_standard
 from soul.orchestration.outcome import write_logs, write_outcome
 from soul.orchestration.parallel import run_together
-from soul.orchestration.prepare import Prepared, prepared_model, preparing_engine, starting_model
+from soul.orchestration.prepare import Prepared, given_model, prepared_model, preparing_engine, starting_model
 from soul.orchestration.progress import Display
 from soul.orchestration.tokens import token_settings, tokenise
+from soul.preflight import check_output
 from soul.records import InputError
 from soul.report.build import build_report
 from soul.report.results import Results, load_results
 from soul.report.table import terminal_table
 from soul.report.tracking import track
-from soul.rundir import RunDir, versions, write_atomically, write_json
-
-# Where a run lies and how it is watched does not make it another run.
-_INCIDENTAL = {"output", "cache", "address", "resume", "progress", "verbose"}
+from soul.rundir import RunDir, versions, write_json
 
 
 def run(config: Config) -> Path:
     """Do everything that is not done yet; returns the run directory.
 
     Raises:
-        InputError: bad input, found before anything expensive starts.
+        InputError: bad input, nearly all of it found before Ray starts.
     """
     twin = config.twin_run()
     arms = [config] if twin is None else [config, twin]
+    folders = [run_dir(arm).path for arm in arms]
+    check_local_workers(config.address, config.engine.num_workers)
     for arm in arms:
-        _claim(arm)
+        check_claim(arm)
+    if config.model.path is not None:
+        check_model(config.model.path, config.model)
     given = None if config.model.retrained is None else given_standard(config.model.retrained)
     sources = open_sources(config.data, benchmark=config.benchmark, seed=config.train.seed)
     display = Display(enabled=config.progress)
+    start = starting_model(config, sources.benchmark, cache_of(config))
+    inputs = [sources.fingerprints(), sources.benchmark.fingerprints(), given_model(start).key, repr(given)]
+    if all(is_done(arm, inputs) for arm in arms):
+        display.say(f"done before: {', '.join(map(str, folders))}")
+    else:
+        check_run(config, sources, start)
+        for arm in arms:
+            claim(arm)
+        _work(config, arms, sources, start, given, display)
+        for arm in arms:
+            mark_done(arm, inputs)
+    show([load_results(folder) for folder in folders])
+    return folders[0]
+
+
+def _work(config: Config, arms: Sequence[Config], sources: Sources, start: str, given: Prepared | EvalLog | None, display: Display) -> None:
+    """Everything that costs time, from token stores to reports."""
     with cluster(config.address, num_workers=config.engine.num_workers, verbose=config.verbose), display.live():
         slots = _slots(config.engine.num_workers)
-        start = starting_model(config, sources.benchmark, cache_of(config))
         stores = _stores(config, sources, start)
         prepared = _prepare(config, start, stores, display)
         if isinstance(given, Prepared):
@@ -67,17 +86,16 @@ def run(config: Config) -> Path:
     standards, unlearned = judged[: len(prepared)], judged[len(prepared) :]
     made = dict(zip(prepared, standards, strict=True)).get("retrained")
     retrained = made.log if made is not None else given if isinstance(given, EvalLog) else None
+    folders_of = {kind: model.path for kind, model in prepared.items()}
     for arm, result, log in zip(arms, trained, unlearned, strict=True):
-        write_outcome(arm, sources, result, unlearned=log, target=standards[0], retrained=retrained)
-    folders = [Path(arm.output).resolve() for arm in arms]
+        write_outcome(arm, sources, result, unlearned=log, target=standards[0], retrained=retrained, standards=folders_of)
+    folders = [run_dir(arm).path for arm in arms]
     for folder in folders[1:]:
         build_report([folder])
     build_report(folders, output=folders[0])
     if config.wandb is not None:
         for folder in folders:
             track(folder, project=config.wandb)
-    show([load_results(folder) for folder in folders])
-    return folders[0]
 
 
 def show(results: Sequence[Results]) -> None:
@@ -93,10 +111,10 @@ def _judge_prepared(judge: Judge, config: Config, prepared: Mapping[str, Prepare
 def _judge_arms(judge: Judge, arms: Sequence[Config]) -> list[Callable[[], Judged]]:
     calls: list[Callable[[], Judged]] = []
     for arm in arms:
-        run = RunDir(Path(arm.output).resolve())
+        run = run_dir(arm)
         name = f"{TITLES[arm.method.name]} with {arm.optimizer.name}"
         samples = run.path / "samples.jsonl" if arm.samples else None
-        key = str(run.model.stat().st_mtime_ns)
+        key = given_model(str(run.model)).key
         calls.append(partial(judge.judge, name, str(run.model), key=key, folder=run.path / ".stages", samples=samples))
     return calls
 
@@ -106,17 +124,22 @@ def resume(folder: Path) -> Path:
     path = RunDir(folder).config
     if not path.is_file():
         raise InputError(f"{folder} holds no run (no config.json). Pass a run directory.")
-    return run(Config.model_validate_json(path.read_text()))
+    config = Config.model_validate_json(path.read_text())
+    return run(config.model_copy(update={"output": str(folder)}))  # it may have been moved, or named from elsewhere
 
 
 def evaluate_folder(config: EvaluateConfig) -> Path:
     """Measure one model as it is: logs/ (TOFU's and OpenUnlearning's format) and evaluation.json in the output folder."""
-    run = RunDir(Path(config.output).resolve())
-    run.create()
     assert config.model.path is not None  # the config has checked it
-    check_model_folder(config.model.path)
+    check_local_workers(config.address, config.num_workers)
+    check_output(config.output)
+    check_model(config.model.path, config.model)
     given = None if config.model.retrained is None else given_standard(config.model.retrained)
     sources = open_sources(config.data, benchmark=config.benchmark, seed=0)
+    tokenizer = load_tokenizer(config.model.path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code)
+    plan_for(config, sources, config.model.path, tokenizer)
+    run = RunDir(Path(config.output).resolve())
+    run.create()
     display = Display(enabled=config.progress)
     with cluster(config.address, num_workers=config.num_workers, verbose=config.verbose), display.live():
         judge = Judge(config, sources, display, num_tasks=config.num_workers)
@@ -139,24 +162,6 @@ def evaluate_folder(config: EvaluateConfig) -> Path:
     return run.path
 
 
-def _claim(config: Config) -> None:
-    """Make the run directory this run's own, unless another run has it."""
-    folder = RunDir(Path(config.output).resolve())
-    folder.create()
-    ours = json.loads(config.model_dump_json())
-    if folder.config.is_file():
-        theirs = json.loads(folder.config.read_text())
-        other = sorted(key for key in {*ours, *theirs} - _INCIDENTAL if ours.get(key) != theirs.get(key))
-        if other:
-            raise InputError(
-                f"{config.output} holds another run: its {', '.join(other)} settings differ. "
-                "Choose another --output, or delete that folder."
-            )
-    elif config.resume:
-        raise InputError(f"--resume: {config.output} holds no run to continue. Remove --resume, or correct --output.")
-    write_atomically(folder.config, config.model_dump_json(indent=2) + "\n")
-
-
 def _slots(num_workers: int) -> int:
     """How many jobs of so many workers fit side by side."""
     resources = ray.cluster_resources()
@@ -176,7 +181,7 @@ def _stores(config: Config, sources: Sources, start: str) -> dict[str, Path]:
 def _prepare(config: Config, start: str, stores: Mapping[str, Path], display: Display) -> dict[str, Prepared]:
     """Target and, where there is one as a model, retrained."""
     if not config.makes_target:
-        return {"target": Prepared(start, start)}
+        return {"target": given_model(start)}
     kinds = ("target", "retrained") if config.makes_retrained else ("target",)
     make = partial(prepared_model, config, start=start, stores=stores, cache=cache_of(config), display=display)
     made = run_together([partial(make, kind) for kind in kinds], slots=_slots(preparing_engine(config).num_workers))

@@ -35,6 +35,15 @@ class Prepared:
     key: str
 
 
+def given_model(path: str) -> Prepared:
+    """A model that was made elsewhere; new weights under an old name are another model. A hub id names its weights."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return Prepared(path, path)
+    stamp = sorted((item.name, item.stat().st_size, item.stat().st_mtime_ns) for item in folder.glob("*.safetensors"))
+    return Prepared(path, f"{folder.resolve()} {stamp}")
+
+
 def starting_model(config: Config, benchmark: Benchmark, cache: Path) -> str:
     """What training starts from: the given model, or a tiny Llama with random weights and a tokenizer made of the benchmark's words."""
     if config.model.path is not None:

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,11 +102,20 @@ def fit(job: TrainJob, *, name: str, max_failures: int = 2, on_progress: OnProgr
         ),
     )
     with _watch(Path(job.run_dir) / "metrics.jsonl", on_progress):
-        result = trainer.fit()
+        result = _beside(trainer.fit)
     value = result.return_value
     if "error" in value:
         raise TrainingStopped(value["error"])
     return JobResult(**value)
+
+
+def _beside(call: Callable[[], Any]) -> Any:
+    """Call in a thread of its own: in the main thread Ray Train takes Ctrl-C for itself and exits with 0."""
+    executor = ThreadPoolExecutor(1)
+    try:
+        return executor.submit(call).result()
+    finally:
+        executor.shutdown(wait=False)
 
 
 @contextmanager

@@ -1,0 +1,69 @@
+"""What can be known of a run before Ray starts, so that a mistake in its input takes seconds and not a training run to show."""
+
+from __future__ import annotations
+
+import os
+from itertools import islice
+
+import torch
+
+from soul.config import Config, ModelConfig
+from soul.data.chat import ChatFormat
+from soul.data.files import read_rows
+from soul.data.tokenize import check_tokenizer, tokenize_record
+from soul.dry_run import model_shape
+from soul.models.load import check_model_folder, check_weights, load_tokenizer
+from soul.orchestration.cluster import is_local
+from soul.orchestration.data import Sources
+from soul.orchestration.evaluate import plan_for
+from soul.orchestration.tokens import FileSplit, Rows, token_settings
+from soul.plan import plan_run
+from soul.preflight import check_workers, preflight
+
+
+def check_local_workers(address: str | None, num_workers: int) -> None:
+    """A cluster that is joined is asked when it is joined.
+
+    Raises:
+        InputError: a local Ray would have fewer CPUs or GPUs.
+    """
+    if is_local(address):
+        check_workers(num_workers, num_cpus=os.cpu_count() or 1, num_gpus=torch.cuda.device_count())
+
+
+def check_model(path: str, model: ModelConfig) -> None:
+    """Everything about a model but its weights' values.
+
+    Raises:
+        InputError: folder, weights or tokenizer cannot be used.
+    """
+    check_model_folder(path)
+    check_weights(path)
+    check_tokenizer(load_tokenizer(path, revision=model.revision, trust_remote_code=model.trust_remote_code))
+
+
+def check_run(config: Config, sources: Sources, start: str) -> None:
+    """Rows against the batch, the model's positions and the disk. Own retain rows are read where they are needed, and checked there.
+
+    Raises:
+        InputError: a split has fewer rows than a step takes, a row does not fit into the model, or the disk is too small.
+    """
+    settings = token_settings(config.data, config.model, start)
+    shape, _, _ = model_shape(config)
+    forget = sources.benchmark.splits["forget"]
+    num_retain = _at_least(sources.rows["retain"], len(forget))
+    plan = plan_run(config, num_forget=len(forget), num_retain=num_retain, shape=shape, max_length=settings.max_length)
+    num_cpus = (os.cpu_count() or 1) if is_local(config.address) else None
+    preflight(config, plan, num_cpus=num_cpus, num_gpus=torch.cuda.device_count())
+    tokenizer = load_tokenizer(start, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code)
+    chat = ChatFormat(settings.chat)
+    for record in forget:
+        tokenize_record(record, tokenizer, chat, max_length=settings.max_length, truncate=settings.truncate, split="forget")
+    plan_for(config, sources, start, tokenizer)
+
+
+def _at_least(rows: Rows, enough: int) -> int:
+    """How many rows there are; a file is not read further than `enough`."""
+    if not isinstance(rows, FileSplit):
+        return len(rows)
+    return sum(1 for _ in islice(read_rows(rows.uri), enough if rows.limit is None else min(enough, rows.limit)))

@@ -1,0 +1,71 @@
+"""Whose run directory it is: one run's from its first stage on, and known to be done when nothing of it has changed since."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from soul.config import Config
+from soul.preflight import check_output
+from soul.records import InputError
+from soul.rundir import RunDir, digest, write_atomically
+
+# Where a run lies and how it is watched does not make it another run.
+_INCIDENTAL = {"output", "cache", "address", "resume", "progress", "verbose"}
+_STAGE = "outcome"
+
+
+def run_dir(config: Config) -> RunDir:
+    return RunDir(Path(config.output).resolve())
+
+
+def check_claim(config: Config) -> None:
+    """Changes nothing.
+
+    Raises:
+        InputError: the run directory is another run's, cannot be written, or holds no run to --resume.
+    """
+    check_output(config.output)
+    folder = run_dir(config)
+    if not folder.config.is_file():
+        if config.resume:
+            raise InputError(f"--resume: {config.output} holds no run to continue. Remove --resume, or correct --output.")
+        return
+    ours, theirs = _settings(config), json.loads(folder.config.read_text())
+    other = sorted(key for key in {*ours, *theirs} - _INCIDENTAL if ours.get(key) != theirs.get(key))
+    if other and _has_begun(folder):
+        raise InputError(
+            f"{config.output} holds another run: its {', '.join(other)} settings differ. Choose another --output, or delete that folder."
+        )
+
+
+def claim(config: Config) -> None:
+    """Make the run directory this run's own."""
+    folder = run_dir(config)
+    folder.create()
+    write_atomically(folder.config, config.model_dump_json(indent=2) + "\n")
+
+
+def is_done(config: Config, inputs: Any) -> bool:
+    """Whether the run has finished with these settings and `inputs` (what names its data and models)."""
+    folder = run_dir(config)
+    return folder.finished(_STAGE, _key(config, inputs)) is not None and folder.results.is_file() and folder.model.is_dir()
+
+
+def mark_done(config: Config, inputs: Any) -> None:
+    run_dir(config).finish(_STAGE, _key(config, inputs), {})
+
+
+def _key(config: Config, inputs: Any) -> str:
+    return digest([{name: value for name, value in _settings(config).items() if name not in _INCIDENTAL}, inputs])
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads(config.model_dump_json())
+    return settings
+
+
+def _has_begun(folder: RunDir) -> bool:
+    """A run that failed before it trained leaves nothing worth keeping: its settings may be corrected."""
+    return folder.metrics.is_file() or folder.checkpoints.is_dir() or (folder.path / ".stages").is_dir()
