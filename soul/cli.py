@@ -32,10 +32,15 @@ DONE, FAILURE, BAD_INPUT = 0, 1, 2
 INTERRUPTED = 128 + signal.SIGINT
 
 # `soul tofu` without data, model and config file: a few minutes on two cores.
-DEMO: dict[str, Any] = {"data": {"num_authors": 40}, "twin": "adamw"}
+DEMO: dict[str, Any] = {
+    "data": {"num_authors": 20, "forget": "forget10"},
+    "train": {"epochs": 10, "batch_size": 4, "micro_batch_size": 4},
+    "evaluate": {"max_new_tokens": 64},  # the longest answer has fewer
+    "twin": "adamw",
+}
 DEMO_TEXT = (
-    "Unlearn a split of a benchmark. Without --data, --model and --config this is the demo: 40 invented authors, a tiny Llama trained "
-    "from scratch on them, NPO with Sophia and with AdamW beside it."
+    "Unlearn a split of a benchmark. Without --data, --model and --config this is the demo: 20 invented authors, two of them to forget, a "
+    "tiny Llama trained from scratch, NPO with Sophia and with AdamW beside it."
 )
 
 
@@ -178,6 +183,37 @@ def config_of(parsed: argparse.Namespace) -> Config:
     return load_config(parsed.config, overrides, labels=labels, preset=preset)
 
 
+def _add_grid(parser: argparse.ArgumentParser) -> None:
+    from soul.flags import add_flags, flags_of
+
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings, nested by section; flags override it")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs; start none")
+    add_flags(parser, flags_of("grid"))
+
+
+def _grid(parsed: argparse.Namespace) -> int:
+    from soul.benchmarks.presets import PRESETS
+    from soul.flags import flags_of, given_settings
+    from soul.grid_config import GridConfig
+    from soul.settings import load_settings, read_yaml
+
+    overrides, labels = given_settings(parsed, flags_of("grid"))
+    chosen = overrides.get("preset") or (read_yaml(parsed.config)[0].get("preset") if parsed.config else None)
+    config = load_settings(GridConfig, parsed.config, overrides, labels=labels, preset=PRESETS.get(str(chosen), {}))
+    if parsed.dry_run:
+        print("\n".join(config.describe()))
+        return DONE
+    if not config.report:
+        from soul.orchestration.tune import run_grid
+
+        try:
+            run_grid(config)
+        except KeyboardInterrupt as stop:
+            stop.args = ("interrupted. Continue with the same command: what is finished is not repeated.",)
+            raise
+    return DONE
+
+
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     from soul.flags import add_flags, flags_of
 
@@ -252,6 +288,9 @@ COMMANDS: dict[str, Command] = {
     "tofu": Command(DEMO_TEXT, "[FLAGS]", _add_run("tofu"), _run),
     "unlearn": Command(
         "Unlearn files of your own from a model of your own.", "--model DIR --forget FILE --retain FILE [FLAGS]", _add_run("unlearn"), _run
+    ),
+    "grid": Command(
+        "Run a grid of methods, optimizers, models and seeds through Ray Tune, and make its tables.", "[FLAGS]", _add_grid, _grid
     ),
     "evaluate": Command("Measure a model folder or hub id, without training.", "MODEL_DIR [FLAGS]", _add_evaluate, _evaluate),
     "score": Command("Metrics of a published evaluation log, as one JSON object.", "LOG [--retrained LOG]", _add_score, _score),

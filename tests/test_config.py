@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from soul.config import Config, DataConfig, EvaluateConfig, ModelConfig, PrepareConfig, prepare_key
+from soul.config import TINY_RATE, Config, DataConfig, EvaluateConfig, ModelConfig, PrepareConfig, prepare_key
 from soul.objectives.methods import METHODS
 from soul.optim.configs import OPTIMIZERS
 from soul.records import InputError
@@ -78,7 +78,7 @@ def test_the_preset_yields_to_another_method_or_optimizer() -> None:
     }
     assert load_config(None, {}, preset=preset).optimizer.rho == 0.1  # type: ignore[union-attr]
     changed = load_config(None, {"optimizer": "adamw", "method": "ga"}, preset=preset)
-    assert (changed.optimizer, changed.method.name, changed.twin) == (OPTIMIZERS["adamw"](), "ga", None)
+    assert (changed.optimizer, changed.method.name, changed.twin) == (OPTIMIZERS["adamw"](learning_rate=TINY_RATE), "ga", None)
     assert load_config(None, {"twin": "signum"}, preset=preset).twin_learning_rate is None
     assert load_config(None, {"optimizer": {"hessian_every": 5}}, preset=preset).optimizer.rho == 0.1  # type: ignore[union-attr]
 
@@ -278,3 +278,13 @@ def test_evaluation_settings(tmp_path: Path) -> None:
         load_settings(EvaluateConfig, None, {"model": {}})
     with pytest.raises(InputError, match="finetune means nothing"):
         load_settings(EvaluateConfig, None, {"model": {"path": "m", "finetune": True}})
+
+
+def test_the_tiny_model_has_a_learning_rate_of_its_own_unless_one_is_given() -> None:
+    assert Config().optimizer.learning_rate == TINY_RATE
+    assert Config(optimizer="signum").optimizer.learning_rate == TINY_RATE  # type: ignore[arg-type]
+    assert Config(optimizer={"name": "adamw", "learning_rate": 3e-4}).optimizer.learning_rate == 3e-4  # type: ignore[arg-type]
+    given = Config(model="some/model", optimizer="adamw")  # type: ignore[arg-type]
+    assert given.optimizer.learning_rate == OPTIMIZERS["adamw"]().learning_rate == 1e-5
+    twin = Config(twin="adamw", twin_learning_rate=2e-4).twin_run()
+    assert twin is not None and twin.optimizer.learning_rate == 2e-4

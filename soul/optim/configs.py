@@ -26,7 +26,9 @@ class _Optimizer(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     learning_rate: float = Field(
-        1e-4, gt=0, description="Peak learning rate. For sophia, signum and soul_release also the furthest a weight can move in one step."
+        1e-5,
+        gt=0,
+        description="Peak learning rate (5e-4 for the tiny model trained from scratch unless given). For sophia, signum and soul_release also the furthest a weight can move in one step.",
     )
     weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay per unit of learning rate; biases and norms are exempt.")
 
