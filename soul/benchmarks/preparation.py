@@ -1,0 +1,167 @@
+"""Target and retrained model of a comparison: a tiny Llama trained here, in this process, kept in the output folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from soul.batch import TokenRow, collate
+from soul.data.chat import ChatFormat
+from soul.data.refusals import refusal_records
+from soul.data.sources import Benchmark, fingerprint
+from soul.data.store import TokenStore, finish_store, is_store, write_part
+from soul.data.tokenize import token_rows
+from soul.models.load import load_model, load_tokenizer, save_model
+from soul.models.scoring import answer_logps
+from soul.models.tiny import TinyConfig, tiny_model, tiny_tokenizer
+from soul.objectives.methods import Finetune
+from soul.optim.configs import OPTIMIZERS
+from soul.records import Record
+from soul.rundir import digest
+from soul.train.config import TrainConfig
+from soul.train.engine import EngineConfig, pick_device
+from soul.train.job import TrainJob, run_job
+from soul.train.single import SingleEngine
+
+WORLD_SETS = ("real_authors", "world_facts")
+SEED = 0
+ROWS_PER_BATCH = 16
+LEARNING_RATE, WEIGHT_DECAY, BATCH_SIZE = 2e-3, 0.01, 16  # with which a tiny Llama memorises in a thousand steps
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Halves:
+    """The evaluated rows of a split in two disjoint halves, every second row each, so that both hold rows of every author."""
+
+    selection: tuple[Record, ...]
+    report: tuple[Record, ...]
+
+
+def halves(records: Sequence[Record]) -> Halves:
+    return Halves(tuple(records[0::2]), tuple(records[1::2]))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """`key` names the models' weights and rows. `probes` are the token stores of the selection halves."""
+
+    key: str
+    target: Path
+    retrained: Path
+    stores: Mapping[str, Path]
+    probes: Mapping[str, Path]
+    reference: Path
+    report_rows: Mapping[str, Sequence[Record]]
+    longest_answer: int
+
+
+def prepare(benchmark: Benchmark, folder: Path, *, tiny: TinyConfig, steps: int, say: Say) -> Prepared:
+    """Tokenise, train both models for `steps` steps of AdamW and score the forget rows under the target, unless `folder` has it all."""
+    trained = [split for split in ("forget", "retain", *WORLD_SETS) if split in benchmark.splits]
+    prints = benchmark.fingerprints()
+    key = digest([[prints[split] for split in trained], tiny.model_dump(), steps, LEARNING_RATE, WEIGHT_DECAY, BATCH_SIZE, SEED])
+    root = folder / "models" / key
+    start = _start(benchmark, trained, root / "start", tiny)
+    evaluated = {
+        split: halves(rows)
+        for split, rows in (
+            ("forget", benchmark.splits["forget"]),
+            ("retain", benchmark.splits.get("retain_eval") or benchmark.splits["retain"]),
+        )
+    }
+    rows = {split: benchmark.splits[split] for split in trained}
+    rows["refusal"] = refusal_records(benchmark.splits["forget"], seed=SEED)
+    stores = {split: _store(records, split, start, root / "tokens", tiny) for split, records in rows.items()}
+    probes = {split: _store(half.selection, split, start, root / "tokens", tiny) for split, half in evaluated.items()}
+    for name in ("target", "retrained"):
+        used = [stores[split] for split in trained if not (name == "retrained" and split == "forget")]
+        if not (root / name / "config.json").is_file():
+            say(f"training the {name} model: {steps} steps")
+            _memorise(start, used, root / name, steps)
+    report_rows = {split: half.report for split, half in evaluated.items()}
+    report_rows |= {split: tuple(benchmark.splits[split]) for split in WORLD_SETS if split in benchmark.splits}
+    return Prepared(
+        key=key,
+        target=root / "target",
+        retrained=root / "retrained",
+        stores=stores,
+        probes=probes,
+        reference=_reference(root / "target", stores["forget"], root / "reference.npy"),
+        report_rows=report_rows,
+        longest_answer=longest_answer(report_rows, root / "target", tiny.max_length),
+    )
+
+
+def _start(benchmark: Benchmark, trained: Sequence[str], folder: Path, tiny: TinyConfig) -> Path:
+    """Random weights, and a tokenizer made of the benchmark's words."""
+    if not (folder / "config.json").is_file():
+        records = [record for split in trained for record in benchmark.splits[split]]
+        texts = [text for record in records for text in (f"Question: {record.prompt}\nAnswer:", f" {record.response}")]
+        tokenizer = tiny_tokenizer(texts, tiny.vocab_size)
+        save_model(folder, tiny_model(tiny, tokenizer, seed=SEED), tokenizer)
+    return folder
+
+
+def _store(records: Sequence[Record], split: str, model: Path, cache: Path, tiny: TinyConfig) -> Path:
+    folder = cache / digest(fingerprint(records))
+    if not is_store(folder):
+        rows = token_rows(records, split, load_tokenizer(str(model)), ChatFormat(), max_length=tiny.max_length)
+        write_part(folder / "part-00000.arrow", [(row.ids, row.num_prompt) for row in rows])
+        finish_store(folder, rows=len(rows), split=split)
+    return folder
+
+
+def _memorise(start: Path, stores: Sequence[Path], export: Path, steps: int) -> None:
+    job = TrainJob(
+        model=str(start),
+        export=str(export),
+        run_dir=str(export.with_name(f"{export.name}-training")),
+        method=Finetune(),
+        optimizer=OPTIMIZERS["adamw"](learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY),
+        train=TrainConfig(
+            epochs=steps,  # the steps end it
+            max_steps=steps,
+            batch_size=BATCH_SIZE,
+            micro_batch_size=BATCH_SIZE,
+            warmup_fraction=0.05,
+            schedule="cosine",
+            seed=SEED,
+            eval_every=0,
+            save_every=0,
+        ),
+        engine=EngineConfig(),
+        stores={"retain": tuple(map(str, stores))},
+    )
+    run_job(job, SingleEngine(job.engine), resume_from=None, save_checkpoint=lambda engine, progress: None)
+
+
+def _reference(target: Path, store: Path, path: Path) -> Path:
+    """The forget answers' log-probabilities under the frozen target, in row order (.npy, float64, nats)."""
+    if path.is_file():
+        return path
+    device = pick_device(0)
+    model = load_model(str(target)).eval().to(device)
+    rows = sorted(TokenStore.open(store).rows(), key=lambda row: len(row.ids))
+    logps_R = np.full(len(rows), np.nan)
+    for first in range(0, len(rows), ROWS_PER_BATCH):
+        batch: list[TokenRow] = rows[first : first + ROWS_PER_BATCH]
+        with torch.inference_mode():
+            scores = answer_logps(model, collate([("forget", row) for row in batch], pad_id=0).to(device))
+        logps_R[[row.index for row in batch]] = scores.sum_B().double().cpu().numpy()
+    staging = path.with_suffix(".tmp.npy")
+    np.save(staging, logps_R, allow_pickle=False)
+    staging.replace(path)
+    return path
+
+
+def longest_answer(splits: Mapping[str, Sequence[Record]], model: Path, max_length: int) -> int:
+    """Tokens of the longest reference answer, EOS included: what a generation cap has to leave room for."""
+    tokenizer = load_tokenizer(str(model))
+    rows = [row for split, records in splits.items() for row in token_rows(records, split, tokenizer, ChatFormat(), max_length=max_length)]
+    return max(row.num_supervised for row in rows)
