@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs
 import ray
 import ray.data
 from transformers import AutoConfig
@@ -22,9 +21,9 @@ from transformers import AutoConfig
 from soul.config import DataConfig, ModelConfig
 from soul.data.chat import ChatFormat
 from soul.data.columns import ColumnMap
-from soul.data.files import list_files, open_filesystem, read_rows, shown
+from soul.data.files import open_filesystem, read_rows, shown
 from soul.data.sources import fingerprint
-from soul.data.store import finish_store, is_store, write_part
+from soul.data.store import finish_store, is_store, store_facts, write_part
 from soul.data.tokenize import Truncate, tokenize_record
 from soul.models.load import load_tokenizer
 from soul.records import InputError, Record
@@ -57,7 +56,7 @@ def token_settings(data: DataConfig, model: ModelConfig, folder: str) -> TokenSe
 
 @dataclass(frozen=True)
 class FileSplit:
-    """A split of the user's own that is read where it is needed. `forbidden` are hashes of rows that must not be in it."""
+    """A file of the user's own that is read where it is needed. `forbidden` are hashes of rows that must not be in it."""
 
     uri: str
     columns: ColumnMap
@@ -66,16 +65,12 @@ class FileSplit:
 
     def fingerprint(self) -> str:
         filesystem, path = open_filesystem(self.uri)
-        infos = filesystem.get_file_info([f"{part}" for part in _paths(self.uri, filesystem, path)])
-        stamps = [(info.path, info.size, str(info.mtime_ns)) for info in infos]
-        return digest([stamps, self.columns.model_dump(), self.limit], length=64)
+        info = filesystem.get_file_info(path)
+        return digest([info.path, info.size, str(info.mtime_ns), self.columns.model_dump(), self.limit], length=64)
 
-
-def _paths(uri: str, filesystem: Any, path: str) -> list[str]:
-    info = filesystem.get_file_info(path)
-    if info.type != pyarrow.fs.FileType.Directory:
-        return [path]
-    return sorted(item.path for item in filesystem.get_file_info(pyarrow.fs.FileSelector(path)))
+    def checked_against(self) -> str:
+        """Names the forbidden rows: a store of this file that was checked against others has to be checked again."""
+        return digest(sorted(map(bytes.hex, self.forbidden)))
 
 
 def row_hash(record: Record) -> bytes:
@@ -92,10 +87,10 @@ def tokenise(rows: Rows, split: str, settings: TokenSettings, *, cache: Path) ->
     Raises:
         InputError: a row is malformed, too long, or forbidden.
     """
-    identity = rows.fingerprint() if isinstance(rows, FileSplit) else fingerprint(rows)
-    stamp = _tokenizer_stamp(settings.model)
+    identity, checked = (rows.fingerprint(), rows.checked_against()) if isinstance(rows, FileSplit) else (fingerprint(rows), None)
+    stamp = _tokenizer_stamp(settings)
     folder = cache / "tokens" / digest([identity, stamp, settings.chat, settings.max_length, settings.truncate], length=20)
-    if is_store(folder):
+    if is_store(folder) and store_facts(folder).get("checked_against") == checked:
         return folder
     fragments = _fragments(rows)
     parts = ray.data.from_items([{"part": i} for i in range(len(fragments))], override_num_blocks=len(fragments))
@@ -105,31 +100,30 @@ def tokenise(rows: Rows, split: str, settings: TokenSettings, *, cache: Path) ->
         raise InputError(errors[0])
     if sum(row["rows"] for row in written) == 0:
         raise InputError(f"the {split} split has no rows, expected at least one.")
-    finish_store(folder, rows=sum(row["rows"] for row in written), split=split)
+    finish_store(folder, rows=sum(row["rows"] for row in written), split=split, checked_against=checked)
     return folder
 
 
-def _tokenizer_stamp(folder: str) -> str:
-    path = Path(folder) / "tokenizer.json"
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else folder
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+def _tokenizer_stamp(settings: TokenSettings) -> str:
+    """Names the tokenizer with its special tokens and chat template: the content of a folder's files, or the hub id and revision."""
+    files = [path for name in TOKENIZER_FILES if (path := Path(settings.model) / name).is_file()]
+    if not files:
+        return digest([settings.model, settings.revision], length=64)
+    return digest([[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in files], length=64)
 
 
 Fragment = FileSplit | ray.ObjectRef[list[Record]]
 
 
 def _fragments(rows: Rows) -> list[Fragment]:
-    """One per file, or per few thousand records (in the object store: a task's arguments could be logged)."""
+    """The file, or one per few thousand records (in the object store: a task's arguments could be logged)."""
     if isinstance(rows, FileSplit):
-        return (
-            [FileSplit(uri, rows.columns, rows.limit, rows.forbidden) for uri in list_files(rows.uri)] if _is_folder(rows.uri) else [rows]
-        )
+        return [rows if "://" in rows.uri else replace(rows, uri=str(Path(rows.uri).expanduser().resolve()))]  # workers are elsewhere
     starts = range(0, max(len(rows), 1), RECORDS_PER_PART)
     return [ray.put(list(rows[start : start + RECORDS_PER_PART])) for start in starts]
-
-
-def _is_folder(uri: str) -> bool:
-    filesystem, path = open_filesystem(uri)
-    return bool(filesystem.get_file_info(path).type == pyarrow.fs.FileType.Directory)
 
 
 @dataclass(frozen=True)
