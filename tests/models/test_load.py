@@ -171,7 +171,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 def test_a_broken_folder_is_one_line(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, "config.json", "model.safetensors")
     for load in (load_model, load_tokenizer):
-        with pytest.raises(InputError, match=r"could be loaded from") as caught:
+        with pytest.raises(InputError, match=r"could be loaded from|no whole safetensors file") as caught:
             load(folder)
         assert "\n" not in str(caught.value)
 
@@ -180,5 +180,5 @@ def test_damaged_weights_are_refused(tokenizer: PreTrainedTokenizerFast, model: 
     save_model(tmp_path / "model", model, tokenizer)
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(InputError, match="could be loaded from"):
+    with pytest.raises(InputError, match=r"could be loaded from|no whole safetensors file"):
         load_model(str(tmp_path / "model"))
