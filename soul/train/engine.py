@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 BuildModel = Callable[[], nn.Module]
@@ -26,11 +26,36 @@ class EngineConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    name: Literal["single", "ddp", "fsdp"] = Field("single", description="single process, replicated (ddp) or sharded (fsdp, FSDP2)")
+    name: Literal["single", "ddp", "fsdp", "deepspeed"] = Field(
+        "single", description="single process, replicated (ddp) or sharded (fsdp: FSDP2; deepspeed: ZeRO)"
+    )
     num_workers: int = Field(1, ge=1, description="training workers (ranks); one GPU each where there are GPUs")
     precision: Precision = Field("fp32", description="compute precision; weights, gradients and optimizer state stay fp32")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, more time")
     max_grad_norm: float | None = Field(1.0, gt=0, description="clip the global gradient norm to this; null: no clipping")
+    zero_stage: Literal[1, 2, 3] | None = Field(
+        None, description="what deepspeed shards: optimizer state (1), gradients too (2), weights too (3) (null: 3)"
+    )
+    offload: Literal["optimizer", "all"] | None = Field(
+        None, description="keep this in CPU memory: optimizer (deepspeed) or weights too: all (fsdp, deepspeed stage 3) (null: nothing)"
+    )
+
+    @model_validator(mode="after")
+    def _sharding_of_the_engine(self) -> Self:
+        if self.zero_stage is not None and self.name != "deepspeed":
+            raise ValueError(f"zero_stage belongs to deepspeed, got engine {self.name}. Remove engine.zero_stage (--zero-stage).")
+        if self.offload is not None and self.name not in ("fsdp", "deepspeed"):
+            raise ValueError(f"offload belongs to fsdp and deepspeed, got engine {self.name}. Remove engine.offload (--offload).")
+        if self.offload == "optimizer" and self.name == "fsdp":
+            raise ValueError("fsdp offloads all or nothing, got offload optimizer. Set engine.offload (--offload) to all.")
+        if self.offload == "all" and self.name == "deepspeed" and self.stage != 3:
+            raise ValueError(f"zero_stage {self.stage} offloads the optimizer only. Set offload to optimizer, or zero_stage to 3.")
+        return self
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage of deepspeed."""
+        return self.zero_stage or 3
 
 
 @dataclass(frozen=True, slots=True)

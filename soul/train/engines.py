@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from soul.train.ddp import DDPEngine
+from soul.train.deepspeed import DeepSpeedEngine
 from soul.train.engine import Engine, EngineConfig
 from soul.train.fsdp import FSDPEngine
 from soul.train.single import SingleEngine
 
-ENGINES: dict[str, type[SingleEngine | DDPEngine | FSDPEngine]] = {"single": SingleEngine, "ddp": DDPEngine, "fsdp": FSDPEngine}
+ENGINES: dict[str, type[SingleEngine | DDPEngine | FSDPEngine | DeepSpeedEngine]] = {
+    "single": SingleEngine,
+    "ddp": DDPEngine,
+    "fsdp": FSDPEngine,
+    "deepspeed": DeepSpeedEngine,
+}
 
 
 def make_engine(config: EngineConfig, *, rank: int, world: int, local_rank: int) -> Engine:

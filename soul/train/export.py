@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,27 @@ from torch.distributed.tensor import DTensor
 from soul.models.load import save_model
 from soul.train.engine import unwrap
 
+Gather = Callable[[Tensor], Tensor]
+
 
 def export_model(folder: Path, model: nn.Module, *, tokenizer: Any, dtype: torch.dtype | None, is_writer: bool) -> None:
     """Write `folder` on the rank with `is_writer`. Collective where parameters are sharded."""
-    inner = unwrap(model)
-    weights = whole_weights(inner, keep=is_writer, dtype=dtype)
+    export_weights(folder, unwrap(model), whole_tensor, tokenizer=tokenizer, dtype=dtype, is_writer=is_writer)
+
+
+def export_weights(folder: Path, model: nn.Module, whole: Gather, *, tokenizer: Any, dtype: torch.dtype | None, is_writer: bool) -> None:
+    """As `export_model`, for an unwrapped model whose tensors `whole` makes whole."""
+    weights = whole_weights(model, whole, keep=is_writer, dtype=dtype)
     if is_writer:
-        save_model(folder, inner, tokenizer, state=weights, dtype=dtype)  # type: ignore[arg-type]
+        save_model(folder, model, tokenizer, state=weights, dtype=dtype)  # type: ignore[arg-type]
 
 
-def whole_weights(model: nn.Module, *, keep: bool, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A DTensor gathered, any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_weights(model: nn.Module, whole: Gather, *, keep: bool, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The whole state dict on the CPU of the rank with `keep`; empty elsewhere. Tied parameters are one tensor here too.
 
     `dtype` is what floating-point tensors are cast to on the way (None: as they are).
@@ -30,9 +42,9 @@ def whole_weights(model: nn.Module, *, keep: bool, dtype: torch.dtype | None) ->
     weights: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor not in gathered:
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            cast = dtype if whole.is_floating_point() else None
-            gathered[tensor] = whole.detach().to("cpu", dtype=cast) if keep else torch.empty(0)
+            value = whole(tensor)
+            cast = dtype if value.is_floating_point() else None
+            gathered[tensor] = value.detach().to("cpu", dtype=cast) if keep else torch.empty(0)
         if keep:
             weights[name] = gathered[tensor]
     return weights

@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from soul.train.engine import BuildModel, BuildOptimizer, EngineConfig, FullEntry, Precision, StepInfo
 from soul.train.export import export_model
 from soul.train.ranks import join_group, sum_over_ranks
-from soul.train.sharding import build_sharded, reshard
+from soul.train.sharding import fill, reshard, share_model
 from soul.train.state import full_entries, load_state, save_state
 from soul.train.update import clip_and_step, enable_checkpointing, fold_curvature
 
@@ -46,7 +46,15 @@ class FSDPEngine:
 
     def prepare(self, build_model: BuildModel, build_optimizer: BuildOptimizer) -> None:
         mesh = init_device_mesh(self.device.type, (self.world,))
-        self.model = build_sharded(build_model, mesh=mesh, policy=POLICIES[self.config.precision], device=self.device)
+        offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.config.offload else OffloadPolicy()
+        self.model, values = share_model(build_model)
+        fill(
+            self.model,
+            values,
+            device=self.device,
+            dtype=None,
+            shard=lambda unit: fully_shard(unit, mesh=mesh, mp_policy=POLICIES[self.config.precision], offload_policy=offload),
+        )
         enable_checkpointing(self.model, self.config)
         self.optimizer = build_optimizer(self.model)
 

@@ -1,4 +1,4 @@
-"""From a model's builder to the model in FSDP2 shards, with the whole of it in memory nowhere but on rank 0's CPU.
+"""From a model's builder to the model in shards (FSDP2's or ZeRO's), with the whole of it in memory nowhere but on rank 0's CPU.
 
 Rank 0 builds the model and sends every rank its skeleton: the pickled module with parameters that have a shape but no storage, and
 everything else (buffers, config, ties between parameters) as it is. Block by block, the skeleton then gets storage on the device,
@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 
 from soul.records import InputError
 from soul.train.engine import BuildModel
@@ -38,15 +38,31 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     return list(next(blocks for blocks in lists if num_parameters(blocks) == longest))
 
 
-def build_sharded(build_model: BuildModel, *, mesh: DeviceMesh, policy: MixedPrecisionPolicy, device: torch.device) -> nn.Module:
-    """The model in shards, the same values on every mesh as `build_model` gives on rank 0, which alone calls it.
+def share_model(build_model: BuildModel) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """The skeleton of the model that `build_model` gives on rank 0, which alone calls it, and there its parameters; {} elsewhere.
 
     Raises:
-        InputError: on every rank, if `build_model` raises it or there are no blocks.
+        InputError: on every rank, if `build_model` raises it.
     """
     source = _build_on_rank_zero(build_model)
-    model = _share_skeleton(source)
-    values = {} if source is None else dict(source.named_parameters())
+    return _share_skeleton(source), {} if source is None else dict(source.named_parameters())
+
+
+def fill(
+    model: nn.Module,
+    values: Mapping[str, nn.Parameter],
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    shard: Callable[[nn.Module], object],
+) -> None:
+    """Give a skeleton storage on `device` and rank 0's `values`, as `dtype` if given, unit by unit: each block, then the whole model.
+
+    `shard` is called with every unit once it is filled, and may free most of it.
+
+    Raises:
+        InputError: the model has no blocks.
+    """
     names = {parameter: name for name, parameter in model.named_parameters()}
     filled: dict[nn.Parameter, nn.Parameter] = {}
     for unit in (*decoder_blocks(model), model):
@@ -54,13 +70,12 @@ def build_sharded(build_model: BuildModel, *, mesh: DeviceMesh, policy: MixedPre
             for key, parameter in owner.named_parameters(recurse=False):
                 if parameter.is_meta:
                     if parameter not in filled:
-                        filled[parameter] = _filled(parameter, values.get(names[parameter]), device)
+                        filled[parameter] = _filled(parameter, values.get(names[parameter]), device, dtype)
                     setattr(owner, key, filled[parameter])
             for key, buffer in owner.named_buffers(recurse=False):
                 setattr(owner, key, buffer.to(device))
-        fully_shard(unit, mesh=mesh, mp_policy=policy)
+        shard(unit)
         filled.clear()  # a block's whole parameters are freed before the next block's are made
-    return model
 
 
 def reshard(model: nn.Module) -> None:
@@ -112,8 +127,9 @@ def _storageless(shape: torch.Size, dtype: torch.dtype, requires_grad: bool) -> 
     return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=requires_grad)
 
 
-def _filled(parameter: nn.Parameter, value: torch.Tensor | None, device: torch.device) -> nn.Parameter:
+def _filled(parameter: nn.Parameter, value: torch.Tensor | None, device: torch.device, dtype: torch.dtype | None) -> nn.Parameter:
     """Storage on `device` for a storageless parameter, with rank 0's `value` (None on the other ranks)."""
-    whole = torch.empty_like(parameter, device=device) if value is None else value.detach().to(device, copy=True)
+    dtype = dtype or parameter.dtype
+    whole = torch.empty_like(parameter, device=device, dtype=dtype) if value is None else value.detach().to(device, dtype, copy=True)
     dist.broadcast(whole, src=0)
     return nn.Parameter(whole, requires_grad=parameter.requires_grad)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from soul.optim.base import ShardOptimizer
 from soul.train.engine import FullEntry, unwrap
 
 EXTRA = "extra.json"
@@ -34,27 +35,37 @@ def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
     return tensors
 
 
-def materialise_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give torch's lazily initialised AdamW its zero state, so that a checkpoint can be loaded into it in place."""
+def materialise_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor] | None = None) -> None:
+    """Create the zero state of `parameters` (None: of all groups') if it is missing, so that a checkpoint can be loaded in place."""
+    if parameters is None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if isinstance(optimizer, ShardOptimizer):
+        optimizer.init_state(parameters)
+        return
     if not isinstance(optimizer, torch.optim.AdamW):
         return
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.requires_grad and not optimizer.state[parameter]:
-                optimizer.state[parameter] = {
-                    "step": torch.zeros((), device=parameter.device if group["fused"] or group["capturable"] else "cpu"),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+    on_device = any(group["fused"] or group["capturable"] for group in optimizer.param_groups)
+    for parameter in parameters:
+        if parameter.requires_grad and not optimizer.state[parameter]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device if on_device else "cpu"),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
 
 def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Any]) -> None:
+    """Write this rank's tensors into `folder`, and rank 0 `extra`."""
+    materialise_state(optimizer)
+    save_tensors(folder, named_tensors(model, optimizer), extra)
+
+
+def save_tensors(folder: Path, tensors: dict[str, Tensor], extra: Mapping[str, Any]) -> None:
     """Write this rank's tensors into `folder`; rank 0 adds the metadata and `extra`, last."""
     distributed = dist.is_initialized() and dist.get_world_size() > 1
     folder.mkdir(parents=True, exist_ok=True)
     (folder / EXTRA).unlink(missing_ok=True)  # written over, the folder is incomplete until the end
-    materialise_state(optimizer)
-    dcp.save(named_tensors(model, optimizer), checkpoint_id=str(folder), no_dist=not distributed)
+    dcp.save(tensors, checkpoint_id=str(folder), no_dist=not distributed)
     if not distributed or dist.get_rank() == 0:
         staging = folder / f".{EXTRA}"
         staging.write_text(json.dumps(dict(extra), sort_keys=True))
@@ -62,16 +73,25 @@ def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Fill model and optimizer in place from a folder written by `save_state`.
+    """Fill model and optimizer in place from a folder written by any engine; returns `extra`.
+
+    Raises:
+        FileNotFoundError: the folder holds no complete checkpoint.
+    """
+    materialise_state(optimizer)
+    return load_tensors(folder, named_tensors(model, optimizer))
+
+
+def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Fill `tensors` in place, as `load_state` does.
 
     Raises:
         FileNotFoundError: the folder holds no complete checkpoint.
     """
     if not (folder / EXTRA).is_file() or not (folder / ".metadata").is_file():
         raise FileNotFoundError(f"{folder} holds no complete checkpoint (expected .metadata and {EXTRA})")
-    materialise_state(optimizer)
     distributed = dist.is_initialized() and dist.get_world_size() > 1
-    dcp.load(named_tensors(model, optimizer), checkpoint_id=str(folder), no_dist=not distributed)
+    dcp.load(tensors, checkpoint_id=str(folder), no_dist=not distributed)
     extra: dict[str, Any] = json.loads((folder / EXTRA).read_text())
     return extra
 

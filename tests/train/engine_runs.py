@@ -15,7 +15,7 @@ from soul.data.feed import LocalFeed
 from soul.data.pairing import PairedPlan
 from soul.data.store import TokenStore
 from soul.objectives.methods import NPO, GradDiff, Method
-from soul.optim.configs import AdamWConfig, SophiaConfig
+from soul.optim.configs import AdamWConfig, OptimizerConfig, SignumConfig, SophiaConfig, SoulReleaseConfig
 from soul.train.config import TrainConfig
 from soul.train.engine import Engine, EngineConfig
 from soul.train.engines import make_engine
@@ -29,7 +29,14 @@ OPTIMIZERS = {
     "adamw": AdamWConfig(learning_rate=1e-3),
     "sophia": SophiaConfig(learning_rate=1e-3, rho=3.0, hessian_every=2, hessian_data="both"),
 }
-METHODS: dict[str, Method] = {"adamw": NPO(retain_weight=0.7), "sophia": GradDiff(retain_weight=0.7)}
+# Where a step is a smooth function of the gradient, so that float32 rounding stays rounding: no signs of near-zeros.
+SMOOTH = {
+    "smooth adamw": AdamWConfig(learning_rate=1e-3, eps=1e-3),
+    "smooth sophia": SophiaConfig(learning_rate=1e-3, rho=3.0, eps=1e-3, hessian_every=2, hessian_data="both"),
+}
+SIGNS = {"signum": SignumConfig(learning_rate=1e-3), "soul_release": SoulReleaseConfig(learning_rate=1e-3)}
+CONFIGS: dict[str, OptimizerConfig] = {**OPTIMIZERS, **SMOOTH, **SIGNS}
+METHODS: dict[str, Method] = {name: NPO(retain_weight=0.7) if "adamw" in name else GradDiff(retain_weight=0.7) for name in CONFIGS}
 TRAIN = TrainConfig(epochs=2, batch_size=3, seed=3)
 
 
@@ -85,7 +92,7 @@ def feed_of(engine: Engine, *, global_micro_batch: int = 2) -> LocalFeed:
 def new_engine(name: str, optimizer: str, *, rank: int = 0, world: int = 1, dtype: torch.dtype = torch.float64, **settings: Any) -> Engine:
     config = EngineConfig(name=name, num_workers=world, max_grad_norm=CLIP, **settings)  # type: ignore[arg-type]
     engine = make_engine(config, rank=rank, world=world, local_rank=rank)
-    engine.prepare(lambda: tiny_llama(dtype), lambda model: OPTIMIZERS[optimizer].build(model.named_parameters()))
+    engine.prepare(lambda: tiny_llama(dtype), lambda model: CONFIGS[optimizer].build(model.named_parameters()))
     return engine
 
 
@@ -95,7 +102,7 @@ def run_steps(engine: Engine, optimizer: str, progress: Progress, stop: int, *, 
     train(
         engine,
         method=METHODS[optimizer],
-        optimizer=OPTIMIZERS[optimizer],
+        optimizer=CONFIGS[optimizer],
         config=TRAIN,
         steps=feed_of(engine, global_micro_batch=global_micro_batch).steps(progress.step, stop),
         steps_per_epoch=STEPS_PER_EPOCH,
