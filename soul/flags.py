@@ -17,15 +17,17 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from soul.config import Config, EvaluateConfig
+from soul.grid_config import GridConfig
 from soul.settings import leaves
 
-ROOTS: dict[str, type[BaseModel]] = {"tofu": Config, "unlearn": Config, "evaluate": EvaluateConfig}
+ROOTS: dict[str, type[BaseModel]] = {"tofu": Config, "unlearn": Config, "evaluate": EvaluateConfig, "grid": GridConfig}
 
 # Settings that a command has no use for: it decides them itself, or they belong to the other kind of data.
 LEFT_OUT: dict[str, tuple[str, ...]] = {
     "tofu": ("benchmark", "data.holdout", "data.columns", "model.tiny.name"),
     "unlearn": ("benchmark", "data.source", "data.num_authors", "data.seed", "data.revision", "model.tiny"),
     "evaluate": ("model.path", "model.finetune", "model.tiny", "model.export_dtype"),
+    "grid": ("data.holdout", "data.columns"),
 }
 # A flag is the last word of its setting, unless that word would be ambiguous or clumsy.
 NAMES = {

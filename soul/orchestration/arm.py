@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from soul.train.job import JobResult, TrainJob
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", None: None}
 
 
-def unlearn(config: Config, target: Prepared, stores: Mapping[str, Path], display: Display) -> JobResult:
-    """Train one arm to its end, or return what a finished one measured."""
+def unlearn(
+    config: Config, target: Prepared, stores: Mapping[str, Path], display: Display, *, fit: Callable[..., JobResult] = fit
+) -> JobResult:
+    """Train one arm to its end, or return what a finished one measured. `fit` runs the job: as a Ray Train run, unless told otherwise."""
     run = RunDir(Path(config.output).resolve())
     splits = trained_splits(config)
     settings = config.model_dump(mode="json", include={"method", "optimizer", "train", "engine"})

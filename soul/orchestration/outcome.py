@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from soul.orchestration.data import Sources
 from soul.orchestration.evaluate import Judged
 from soul.orchestration.gold import gold_folder
 from soul.report.results import Cost, EpochRow, ModelResults, Results, save_results
+from soul.report.seal import make_seal
 from soul.rundir import RunDir, versions, write_json
 from soul.train.job import JobResult
 
+SHARED_PROCESS = "the run shared its process with others, whose memory counts too; runs of their own measure it (--isolated)"
 NO_RETRAINED = "no retrained model was given: pass --retrained with a model folder, a run directory or a published log"
 
 
@@ -30,13 +32,21 @@ def write_outcome(
     unlearned: Judged,
     target: Judged,
     retrained: EvalLog | None,
+    command: Sequence[str] | None = None,
+    standards: Mapping[str, str] | None = None,
 ) -> None:
-    """Write one arm's logs/, results.json and manifest.json."""
+    """Write one arm's logs/, results.json and manifest.json.
+
+    `command` is what repeats the run (None: this process's own). `standards` says where target and retrained model lie, folders or hub
+    ids: a folder is sealed with the report, so that it can be served beside the unlearned model.
+    """
     run = RunDir(Path(config.output).resolve())
     write_logs(unlearned.log, run.logs)
     if retrained is not None:
         write_logs(retrained, gold_folder(run))
     reasons = {} if retrained is not None else {"models.retrained": NO_RETRAINED}
+    if not trained.peak_memory_bytes:
+        reasons["cost.peak_memory_bytes"] = SHARED_PROCESS
     gold = None if retrained is None else _entry(retrained, retrained, config)
     results = Results(
         benchmark=config.benchmark if config.benchmark == "own" else f"{sources.benchmark.name}/{config.data.forget}",
@@ -54,24 +64,27 @@ def write_outcome(
             train_s=trained.train_s,
             eval_s=unlearned.seconds,
             tokens_per_s=trained.tokens / max(trained.train_s, 1e-9),
-            peak_memory_bytes=trained.peak_memory_bytes,
+            peak_memory_bytes=trained.peak_memory_bytes or None,
             optimizer_state_bytes_per_rank=trained.optimizer_state_bytes_per_rank,
         ),
         settings=_settings(config),
         reasons=reasons,
     )
+    save_results(results, run.results)
+    local = {name: Path(path) for name, path in (standards or {}).items() if Path(path).is_dir()}
     write_json(
         run.manifest,
         {
             "versions": versions(),
             "data": sources.fingerprints(),
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]] if command is None else list(command),
             "seconds": {"train": trained.train_s, "evaluate": unlearned.seconds},
             "steps": trained.steps,
             "tokens": trained.tokens,
+            # what soul.serving's gate compares: this report, and the models it judged
+            "seal": make_seal(run.path, {"unlearned": run.model, **local}).model_dump(),
         },
     )
-    save_results(results, run.results)
 
 
 def write_logs(log: EvalLog, folder: Path) -> None:

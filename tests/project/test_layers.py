@@ -18,15 +18,19 @@ LAYERS = (
     ("data", "objectives", "optim", "models"),
     ("train", "evaluate"),
     ("benchmarks", "report"),
+    ("serving",),
     ("config",),
-    ("settings", "plan"),
+    ("settings", "plan", "grid_config"),
     ("flags", "preflight", "dry_run"),
     ("orchestration",),
     ("cli",),
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 # Neighbours in a layer that know each other all the same, and why.
-NEIGHBOURS = {("objectives", "models"): "a loss term is a function of models.scoring's log-probabilities"}
+NEIGHBOURS = {
+    ("objectives", "models"): "a loss term is a function of models.scoring's log-probabilities",
+    ("report", "benchmarks"): "a grid's page shows the grid's cells and statistics",
+}
 RAY_HOME = "orchestration"
 
 

@@ -1,0 +1,113 @@
+"""What the runs of a grid share: token stores, target and retrained model, their evaluations, reference log-probabilities.
+
+Made once by the driver, in the cache; a trial asks for the same things and finds them there. A trial must never have to make one: that
+would need a CPU beside its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Literal
+
+from soul.config import Config, DataConfig
+from soul.evaluate.eval_log import EvalLog
+from soul.objectives.methods import needs_reference
+from soul.orchestration.data import Sources, cache_of, open_sources, trained_splits
+from soul.orchestration.evaluate import Judge, Judged
+from soul.orchestration.gold import given_standard
+from soul.orchestration.parallel import run_together
+from soul.orchestration.prepare import WORLD_SETS, Prepared, given_model, prepared_model, starting_model
+from soul.orchestration.progress import Display
+from soul.orchestration.reference import reference_logps
+from soul.orchestration.tokens import token_settings, tokenise
+
+
+@dataclass(frozen=True)
+class Shared:
+    """One run's view of what it shares. `inputs` names data and models, as the marker of a finished run wants it."""
+
+    sources: Sources
+    start: str
+    stores: dict[str, Path]
+
+    def inputs(self, config: Config) -> list[object]:
+        return [self.sources.fingerprints(), self.sources.benchmark.fingerprints(), given_model(self.start).key, repr(standard(config))]
+
+
+def standard(config: Config) -> Prepared | EvalLog | None:
+    return None if config.model.retrained is None else given_standard(config.model.retrained)
+
+
+@lru_cache(maxsize=8)
+def _sources(data: str, benchmark: str, seed: int) -> Sources:
+    return open_sources(DataConfig.model_validate_json(data).for_benchmark(benchmark), benchmark=benchmark, seed=seed)
+
+
+def share(config: Config) -> Shared:
+    """Rows, starting model and token stores of a run; all of them are cached."""
+    sources = _sources(config.data.model_dump_json(), config.benchmark, config.train.seed)
+    start = starting_model(config, sources.benchmark, cache_of(config))
+    settings = token_settings(config.data, config.model, start)
+    wanted = {"forget", "retain", *trained_splits(config)} | (set(WORLD_SETS) & set(sources.rows))
+    stores = {split: tokenise(sources.rows[split], split, settings, cache=cache_of(config)) for split in sorted(wanted)}
+    return Shared(sources, start, stores)
+
+
+def kinds_of(config: Config) -> tuple[Literal["target", "retrained"], ...]:
+    """The models that are trained before a run; none where both are given."""
+    return () if not config.makes_target else ("target", "retrained") if config.makes_retrained else ("target",)
+
+
+def model_of(config: Config, kind: Literal["target", "retrained"], shared: Shared, display: Display) -> Prepared:
+    return prepared_model(config, kind, start=shared.start, stores=shared.stores, cache=cache_of(config), display=display)
+
+
+def target_of(config: Config, shared: Shared, display: Display) -> Prepared:
+    return model_of(config, "target", shared, display) if config.makes_target else given_model(shared.start)
+
+
+def retrained_of(config: Config, shared: Shared, display: Display) -> Prepared | EvalLog | None:
+    return model_of(config, "retrained", shared, display) if config.makes_retrained else standard(config)
+
+
+def judge_shared(config: Config, shared: Shared, display: Display) -> tuple[Judged, EvalLog | None]:
+    """Target and retrained model, evaluated on the run's rows."""
+    judge, folder = Judge(config, shared.sources, display), cache_of(config) / "evaluations"
+    target, retrained = target_of(config, shared, display), retrained_of(config, shared, display)
+    judged = judge.judge("target", target.path, key=target.key, folder=folder)
+    if isinstance(retrained, Prepared):
+        return judged, judge.judge("retrained", retrained.path, key=retrained.key, folder=folder).log
+    return judged, retrained
+
+
+def make_shared(configs: Sequence[Config], display: Display, *, slots: int) -> list[Shared]:
+    """Everything that these runs share; returns each one's view of it. `slots`: trainings or evaluations at a time."""
+    views = [share(config) for config in configs]
+    firsts = {config.model.model_dump_json(): (config, view) for config, view in reversed(list(zip(configs, views, strict=True)))}
+    models = [partial(model_of, config, kind, view, display) for config, view in firsts.values() for kind in kinds_of(config)]
+    run_together(models, slots=slots)
+    judged: list[Callable[[], object]] = [partial(judge_shared, config, view, display) for config, view in firsts.values()]
+    run_together(judged, slots=slots)
+    done: set[tuple[str, str]] = set()
+    for config, view in zip(configs, views, strict=True):
+        leading = trained_splits(config)[0]
+        pair = (config.model.model_dump_json(), view.stores[leading].name)
+        if needs_reference(config.method) and pair not in done:
+            target = target_of(config, view, Display(enabled=False))
+            reference_of(config, target, view.stores[leading])
+            done.add(pair)
+    return views
+
+
+def reference_of(config: Config, target: Prepared, store: Path) -> Path:
+    return reference_logps(
+        target.path,
+        store,
+        cache=cache_of(config),
+        revision=config.model.revision,
+        trust_remote_code=config.model.trust_remote_code,
+        model_key=target.key,
+    )

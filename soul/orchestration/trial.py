@@ -1,0 +1,212 @@
+"""One trial of a grid: a run like any other, in its own run directory, inside a process that Ray Tune started.
+
+With one worker the trial trains and evaluates in that process, which the next trial uses again: starting processes would cost more than
+a tiny model's run. With several, or where asked for, it is a Ray Train run of its own. Both give the same results.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray import tune
+
+from soul.benchmarks.objective import cheap_objective
+from soul.config import Config
+from soul.evaluate.evaluator import finish
+from soul.evaluate.plan import run_item
+from soul.models.load import load_model, load_tokenizer
+from soul.orchestration.arm import unlearn
+from soul.orchestration.claim import is_done, mark_done, run_dir
+from soul.orchestration.data import Sources
+from soul.orchestration.evaluate import Judge, Judged, plan_for
+from soul.orchestration.outcome import write_outcome
+from soul.orchestration.prepare import given_model
+from soul.orchestration.progress import Display
+from soul.orchestration.shared import Shared, judge_shared, share, target_of
+from soul.orchestration.train import TrainingStopped, fit
+from soul.records import InputError
+from soul.report.results import load_results
+from soul.rundir import RunDir
+from soul.train.engine import Engine, pick_device
+from soul.train.engines import make_engine
+from soul.train.job import JobResult, TrainJob, run_job
+from soul.train.loop import NonFiniteLoss, Progress
+
+FAILED, CRASHED, STOPPED, FAILURE_KEY = "failed", "crashed", "stopped", "trial"
+OnEpoch = Callable[[Mapping[str, Any]], None]
+
+
+def run_trial(params: dict[str, Any], common: dict[str, Any]) -> None:
+    """The function that Tune calls. `params["run"]` names the run directory; the rest of it is for people who read Tune's tables.
+
+    A failure that would come again (bad input, a loss that is not finite) is the trial's result: its reason is kept in the run directory.
+    """
+    torch.set_num_threads(1)
+    told = params["run"]
+    config = Config.model_validate_json(RunDir(Path(told["folder"])).config.read_text())
+    report = Reporter(floor=common["floor"])
+    try:
+        work(config, command=common["command"], isolated=told["isolated"], report=report)
+    except (InputError, TrainingStopped, NonFiniteLoss) as error:
+        run_dir(config).finish(FAILED, FAILURE_KEY, {"reason": str(error)})
+        tune.report({"failed": 1.0, "epoch": config.train.epochs + 1})
+
+
+class Reporter:
+    """Tells Tune (its scheduler, its TensorBoard and JSON files) numbers, and after every epoch the score that halving compares."""
+
+    def __init__(self, *, floor: float) -> None:
+        self.floor = floor
+        self._before: Mapping[str, Any] | None = None
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        """A row of results.json's epochs; the first one is the model before the first step."""
+        self._before = self._before or row
+        tune.report({**flat_epoch(row), "score": cheap_objective(row, self._before, floor=self.floor)})
+
+    def end(self, metrics: Mapping[str, float]) -> None:
+        tune.report(dict(metrics))
+
+
+def failure_of(run: RunDir) -> str | None:
+    """Why the trial in `run` failed for good; None if it did not."""
+    found = run.finished(FAILED, FAILURE_KEY)
+    return None if found is None else str(found["reason"])
+
+
+def crash_of(run: RunDir) -> str | None:
+    """Why the trial has no result yet; it is tried again."""
+    found = run.finished(CRASHED, FAILURE_KEY)
+    return None if found is None else str(found["reason"])
+
+
+def stopped_at(run: RunDir) -> dict[str, Any] | None:
+    """What a trial that the search stopped early had reached: its epochs' rows."""
+    return run.finished(STOPPED, FAILURE_KEY)
+
+
+def work(config: Config, *, command: list[str], isolated: bool, report: Reporter) -> None:
+    """The whole run, or what `report` hears of one that is done: a scheduler that was started again has forgotten it."""
+    run, display = run_dir(config), Display(enabled=False)
+    shared = share(config)
+    stopped = stopped_at(run)
+    if stopped is not None:
+        for row in stopped["epochs"]:
+            report.epoch(row)
+        return
+    if is_done(config, shared.inputs(config)):
+        for row in load_results(run.path).epochs:
+            report.epoch(row.model_dump())
+    else:
+        target = target_of(config, shared, display)
+        trained = unlearn(config, target, shared.stores, display, fit=fit if isolated else partial(fit_here, on_epoch=report.epoch))
+        if isolated:
+            for epoch in trained.epochs:
+                report.epoch(epoch)
+        unlearned = _judge(config, shared, run, display, isolated=isolated)
+        target_judged, retrained = judge_shared(config, shared, display)
+        write_outcome(config, shared.sources, trained, unlearned=unlearned, target=target_judged, retrained=retrained, command=command)
+        mark_done(config, shared.inputs(config))
+        shutil.rmtree(run.checkpoints, ignore_errors=True)  # nothing is left to resume
+    report.end({**_final_metrics(run), "epoch": config.train.epochs + 1})
+
+
+def flat_epoch(row: Mapping[str, Any]) -> dict[str, float]:
+    """An epoch's row as Tune wants it: `forget/probability`. The epoch before the first step is 0."""
+    splits = {name: value for name, value in row.items() if isinstance(value, Mapping)}
+    flat = {f"{split}/{metric}": value for split, metrics in splits.items() for metric, value in metrics.items() if value is not None}
+    return {**flat, "epoch": row["epoch"], "step": row["step"]}
+
+
+def nested_epoch(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """`flat_epoch` undone; what else Tune has put in the row is left out."""
+    splits: dict[str, dict[str, float]] = {"forget": {}, "retain": {}}
+    for name, value in flat.items():
+        split, _, metric = name.partition("/")
+        if split in splits and metric:
+            splits[split][metric] = float(value)
+    return {"epoch": int(flat["epoch"]), "step": int(flat["step"]), **splits}
+
+
+def _final_metrics(run: RunDir) -> dict[str, float]:
+    unlearned = load_results(run.path).models["unlearned"]
+    assert unlearned is not None  # a finished run has evaluated its model
+    values = {f"{split}/{metric}": unlearned.value(f"{split}.{metric}") for split in ("forget", "retain") for metric in _SHOWN}
+    return {name: value for name, value in {**values, "model_utility": unlearned.model_utility}.items() if value is not None}
+
+
+_SHOWN = ("rougeL_recall", "probability", "exact_memorization")
+
+
+def _judge(config: Config, shared: Shared, run: RunDir, display: Display, *, isolated: bool) -> Judged:
+    name = f"{config.method.name} with {config.optimizer.name}"
+    judge, samples = Judge(config, shared.sources, display), run.path / "samples.jsonl" if config.samples else None
+    if isolated:
+        key = given_model(str(run.model)).key
+        return judge.judge(name, str(run.model), key=key, folder=run.path / ".stages", samples=samples)
+    return judge_here(config, shared.sources, str(run.model), name, samples)
+
+
+def judge_here(config: Config, sources: Sources, model: str, name: str, samples: Path | None) -> Judged:
+    """As `Judge.judge`, in this process: the plan's batches are fixed, so the values are the same bit for bit."""
+    started = time.perf_counter()
+    device = pick_device(0)
+    tokenizer = load_tokenizer(model, revision=None, trust_remote_code=config.model.trust_remote_code)
+    plan = plan_for(config, sources, model, tokenizer)
+    dtype = torch.bfloat16 if config.engine.precision == "bf16" and device.type == "cuda" else torch.float32
+    loaded = load_model(model, dtype=dtype, trust_remote_code=config.model.trust_remote_code).eval().to(device)
+    evaluation = finish(
+        plan, [run_item(loaded, item, device=device) for item in plan.items], tokenizer, device=torch.device("cpu"), source=name
+    )
+    if samples is not None:
+        Judge(config, sources, Display(enabled=False)).write_samples(evaluation, samples)
+    return Judged(evaluation.log, time.perf_counter() - started)
+
+
+def fit_here(job: TrainJob, *, name: str, on_progress: object = None, on_epoch: OnEpoch) -> JobResult:
+    """As `soul.orchestration.train.fit`, on one rank in this process, continuing from the last checkpoint if there is one."""
+    del on_progress  # a grid shows whole trials
+    folder = Path(job.run_dir) / "checkpoints" / name
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    engine = make_engine(job.engine, rank=0, world=1, local_rank=0)
+    told = 0
+
+    def save(engine: Engine, progress: Progress) -> None:
+        nonlocal told
+        _save(engine, progress, folder, keep=job.train.keep_checkpoints)
+        for row in progress.epochs[told:]:
+            on_epoch(row)
+        told = len(progress.epochs)
+
+    kept = checkpoints(folder)
+    result = run_job(job, engine, resume_from=kept[-1] if kept else None, save_checkpoint=save)
+    if not torch.cuda.is_available():
+        result.peak_memory_bytes = 0  # the process's peak, to which the trials before this one belong as well
+    return result
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole ones, oldest first."""
+    return sorted(folder.glob("step_*"))
+
+
+def _save(engine: Engine, progress: Progress, folder: Path, *, keep: int) -> None:
+    """Written beside its place and moved there: what is called step_* is whole."""
+    staging, place = folder / f".step_{progress.step:08d}", folder / f"step_{progress.step:08d}"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    engine.save(staging, progress.to_json())
+    if place.is_dir():
+        shutil.rmtree(staging)  # a resumed run repeats no step before its checkpoint, but may stop on it
+    else:
+        os.replace(staging, place)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)

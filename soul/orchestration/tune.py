@@ -1,0 +1,203 @@
+"""A grid of runs through Ray Tune: what they share is made once, every cell is a run directory, and a killed grid goes on where it was.
+
+Tune decides what runs when and where; what has been done is known from the run directories alone, so the same command continues a grid
+after anything, with more seeds, methods or models too.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune import Callback, ResultGrid
+from ray.tune.logger import JsonLoggerCallback, TBXLoggerCallback
+
+from soul.benchmarks.grid import Trial
+from soul.config import Config
+from soul.grid_config import GridConfig
+from soul.orchestration.checks import check_local_workers, check_model, check_run
+from soul.orchestration.claim import check_claim, claim, is_done, run_dir
+from soul.orchestration.cluster import cluster
+from soul.orchestration.data import cache_of, open_sources
+from soul.orchestration.halving import GroupedHalving
+from soul.orchestration.prepare import starting_model
+from soul.orchestration.progress import Display
+from soul.orchestration.shared import Shared, make_shared
+from soul.orchestration.trial import CRASHED, FAILURE_KEY, STOPPED, failure_of, nested_epoch, run_trial, stopped_at
+from soul.report.tracking import track
+from soul.rundir import RunDir
+
+# Tune's own tables and bars would print settings line by line; its handler of Ctrl-C would swallow it.
+TUNE_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_MAX_PENDING_TRIALS_PG": "64",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A trial, the config of its run, and whether it shares its process with others."""
+
+    trial: Trial
+    config: Config
+    isolated: bool
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """What Tune is told: names and numbers. The rows stay where they are."""
+        cell, choice = self.trial.cell, self.trial.choice
+        return {
+            "id": self.trial.id,
+            "group": f"{cell.slug}-s{self.trial.seed}",
+            "folder": str(run_dir(self.config).path),
+            "method": cell.method,
+            "optimizer": cell.optimizer,
+            "seed": self.trial.seed,
+            "isolated": self.isolated,
+            **{name: value for name, value in {**choice.optimizer, **choice.method}.items() if isinstance(value, int | float)},
+        }
+
+
+def plan(config: GridConfig) -> list[Planned]:
+    isolated = config.isolated or config.engine.num_workers > 1
+    return [Planned(trial, config.run_config(trial), isolated) for trial in config.all_trials()]
+
+
+def run_grid(config: GridConfig) -> list[Planned]:
+    """Run every trial that is not done; returns all of them.
+
+    Raises:
+        InputError: bad input, nearly all of it found before Ray starts.
+    """
+    planned = plan(config)
+    check_local_workers(config.address, config.engine.num_workers)
+    firsts = {item.config.model.model_dump_json(): item.config for item in reversed(planned)}
+    for item in planned:
+        check_claim(item.config)
+    for first in firsts.values():
+        if first.model.path is not None:
+            check_model(first.model.path, first.model)
+        sources = open_sources(first.data, benchmark=first.benchmark, seed=first.train.seed)
+        check_run(first, sources, starting_model(first, sources.benchmark, cache_of(first)))
+    display = Display(enabled=config.progress)
+    for name, value in TUNE_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    with cluster(config.address, num_workers=config.engine.num_workers, verbose=config.verbose), display.live():
+        slots = room_for(config.engine.num_workers)
+        views = make_shared([item.config for item in planned], display, slots=room_for(1))
+        undone = [item for item, view in zip(planned, views, strict=True) if _is_undone(item, view)]
+        for item in undone:
+            claim(item.config)
+        if len(undone) < len(planned):
+            display.say(f"{len(planned) - len(undone)} of {len(planned)} runs: done before")
+        if undone:
+            # halving compares with all that went before, so the finished ones are heard again
+            again = planned if config.search == "asha" else undone
+            _search(config, again, display, slots=min(slots, config.max_concurrent or slots))
+    if config.wandb is not None:
+        for item in undone:
+            if run_dir(item.config).results.is_file():
+                track(run_dir(item.config).path, project=config.wandb)
+    return planned
+
+
+def room_for(num_workers: int) -> int:
+    """How many jobs of so many workers the cluster can hold at once. CPUs of a local Ray are logical: the real ones count."""
+    resources = ray.cluster_resources()
+    if gpus := int(resources.get("GPU", 0)):
+        return max(1, gpus // num_workers)
+    cpus = int(resources.get("CPU", 1))
+    alone = len([node for node in ray.nodes() if node["Alive"]]) == 1
+    return max(1, (min(cpus, os.cpu_count() or 1) if alone else cpus) // num_workers)
+
+
+def _is_undone(item: Planned, view: Shared) -> bool:
+    run = run_dir(item.config)
+    return not is_done(item.config, view.inputs(item.config)) and failure_of(run) is None and stopped_at(run) is None
+
+
+def _search(config: GridConfig, planned: Sequence[Planned], display: Display, *, slots: int) -> None:
+    isolated = planned[0].isolated
+    needs = {"CPU": 0.01} if isolated else {"CPU": 1.0}  # a Ray Train run's workers take their own
+    if ray.cluster_resources().get("GPU", 0) and not isolated:
+        needs["GPU"] = 1.0
+    folder = Path(config.output).resolve() / "tune"
+    folder.mkdir(parents=True, exist_ok=True)
+    common = {"floor": config.utility_floor, "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuner = tune.Tuner(
+            tune.with_resources(tune.with_parameters(run_trial, common=common), needs),
+            param_space={"run": tune.grid_search([item.params for item in planned])},
+            tune_config=tune.TuneConfig(
+                max_concurrent_trials=slots,
+                reuse_actors=not isolated,
+                scheduler=GroupedHalving(epochs=config.train.epochs) if config.search == "asha" else None,
+                trial_name_creator=_name,
+                trial_dirname_creator=_name,
+            ),
+            run_config=tune.RunConfig(
+                name=f"session-{len(list(folder.glob('session-*'))) + 1:03d}",
+                storage_path=str(folder),
+                verbose=0,
+                callbacks=[JsonLoggerCallback(), TBXLoggerCallback(), _Shown(display, len(planned))],
+                failure_config=tune.FailureConfig(max_failures=1),
+            ),
+        )
+        _note_unfinished(tuner.fit())
+
+
+def _name(trial: Any) -> str:
+    return str(trial.config["run"]["id"])
+
+
+def _note_unfinished(results: ResultGrid) -> None:
+    """Leave in the run directory of each trial that has no result why it has none."""
+    for result in map(results.__getitem__, range(len(results))):
+        run = run_dir_of(result.config)
+        if result.error is not None:
+            cause = getattr(result.error, "cause", None) or result.error
+            run.finish(CRASHED, FAILURE_KEY, {"reason": f"it broke off ({type(cause).__name__}); see error.txt in tune/, and run again"})
+        elif not run.results.is_file() and failure_of(run) is None and result.metrics_dataframe is not None:
+            rows = [nested_epoch(row) for row in result.metrics_dataframe.to_dict("records")]
+            run.finish(STOPPED, FAILURE_KEY, {"epochs": rows})
+
+
+def run_dir_of(config: dict[str, Any] | None) -> RunDir:
+    assert config is not None  # every trial of ours has one
+    return RunDir(Path(config["run"]["folder"]))
+
+
+class _Shown(Callback):
+    """How many trials have ended, for the person who waits."""
+
+    def __init__(self, display: Display, total: int) -> None:
+        self.display, self.total, self.ended = display, total, 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune keeps its callbacks on disk; a display is of this process."""
+        return {**self.__dict__, "display": None}
+
+    def setup(self, stop: Any = None, num_samples: Any = None, total_num_samples: Any = None, **info: Any) -> None:
+        self.display.update("grid", 0, self.total)
+
+    def _more(self) -> None:
+        self.ended += 1
+        self.display.update("grid", self.ended, self.total)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._more()
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.display.say(f"{_name(trial)}: broke off")
+        self._more()
