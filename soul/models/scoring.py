@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,9 +74,44 @@ class AnswerLogps:
 
 def token_logps(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     """log p(target) per position, in fp32 or better whatever the model computes in."""
-    logits_NV = logits_NV.float() if logits_NV.dtype in (torch.bfloat16, torch.float16) else logits_NV
-    picked_N: Tensor = logits_NV.gather(-1, targets_N[:, None])[:, 0]
-    return picked_N - logits_NV.logsumexp(-1)
+    logps_N: Tensor = _TokenLogps.apply(logits_NV, targets_N)  # type: ignore[no-untyped-call]
+    return logps_N
+
+
+class _TokenLogps(torch.autograd.Function):
+    """logit of the target - logsumexp, a chunk at a time: what is as large as the logits is their gradient alone.
+
+    Autograd's own backward of the two terms makes four such tensors and walks over each of them. The numbers are the same.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+        chunks = list(_chunks(logits_NV, targets_N))
+        normalisers_N = torch.cat([_wide(logits_CV).logsumexp(-1) for logits_CV, _ in chunks])
+        ctx.save_for_backward(logits_NV, targets_N, normalisers_N)
+        picked_N = _wide(logits_NV.gather(-1, targets_N[:, None])[:, 0])
+        return picked_N - normalisers_N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None]:
+        logits_NV, targets_N, normalisers_N = ctx.saved_tensors
+        gradient_NV = torch.empty_like(logits_NV)
+        for logits_CV, targets_C, normalisers_C, grad_C, gradient_CV in _chunks(logits_NV, targets_N, normalisers_N, grad_N, gradient_NV):
+            probs_CV = (_wide(logits_CV) - normalisers_C[:, None]).exp_().mul_(-grad_C[:, None])
+            gradient_CV.copy_(probs_CV.scatter_add_(-1, targets_C[:, None], grad_C[:, None]))
+        return gradient_NV, None
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def _chunks(logits_NV: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Pieces of equally long tensors whose logits fit a CPU's cache, or are worth a kernel of a GPU."""
+    numel = 2**26 if logits_NV.is_cuda else 2**17
+    length = max(1, numel // logits_NV.shape[1])
+    return zip(logits_NV.split(length), *(other.split(length) for other in others), strict=True)
 
 
 def answer_logps(model: nn.Module, batch: Batch) -> AnswerLogps:
