@@ -181,6 +181,8 @@ def _forget_quality(log: EvalLog, retrained: EvalLog | None, mean: TruthRatioMea
     gold, why = _finite_ratios(retrained, "forget", mean)
     if not gold:
         return None, f"the retrained model's log has no forget truth ratios: {why}"
+    if len(own) != len(gold):
+        return None, f"the retrained model's log has {len(gold)} forget rows, this evaluation {len(own)}: expected the same rows"
     test = kolmogorov_smirnov(own, gold)
     return (test.statistic, test.p_value), None
 

@@ -20,12 +20,21 @@ def run_dir(config: Config) -> RunDir:
     return RunDir(Path(config.output).resolve())
 
 
+def check_local(output: str) -> None:
+    """Raises:
+    InputError: `output` is a URI, which would become a folder of that name here.
+    """
+    if "://" in output:
+        raise InputError(f"--output {output} is a URI, expected a local folder. Mount the storage, or copy the run there when it is done.")
+
+
 def check_claim(config: Config) -> None:
     """Changes nothing.
 
     Raises:
         InputError: the run directory is another run's, cannot be written, or holds no run to --resume.
     """
+    check_local(config.output)
     check_output(config.output)
     folder = run_dir(config)
     if not folder.config.is_file():

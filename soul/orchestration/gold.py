@@ -35,10 +35,14 @@ def given_standard(name: str) -> Prepared | EvalLog:
             f"--retrained {name} does not exist. Expected a model folder, a run directory, a log (.json, .json.gz) or a hub id."
         )
     run = RunDir(path)
-    for folder in (gold_folder(run), run.logs):
-        if folder.is_dir():
-            return read_log(folder)
+    if gold_folder(run).is_dir():
+        return read_log(gold_folder(run))
     if run.config.is_file() and (run.path / ".stages").is_dir():
-        raise InputError(f"--retrained {name} is a run without a gold standard (it has no logs/). Finish it first: soul resume {name}")
+        raise InputError(
+            f"--retrained {name} is a run that was measured against no gold standard. If its own model is meant, pass {name}/model; "
+            f"if it is unfinished: soul resume {name}"
+        )
+    if run.logs.is_dir():  # what `soul evaluate` left of the one model it looked at
+        return read_log(run.logs)
     check_model_folder(str(path))
     return given_model(str(path))

@@ -21,7 +21,7 @@ from soul.models.load import load_tokenizer
 from soul.objectives.methods import TITLES
 from soul.orchestration.arm import unlearn
 from soul.orchestration.checks import check_local_workers, check_model, check_run
-from soul.orchestration.claim import check_claim, claim, is_done, mark_done, run_dir
+from soul.orchestration.claim import check_claim, check_local, claim, is_done, mark_done, run_dir
 from soul.orchestration.cluster import cluster
 from soul.orchestration.data import Sources, cache_of, open_sources, trained_splits
 from soul.orchestration.evaluate import Judge, Judged, plan_for
@@ -132,6 +132,7 @@ def evaluate_folder(config: EvaluateConfig) -> Path:
     """Measure one model as it is: logs/ (TOFU's and OpenUnlearning's format) and evaluation.json in the output folder."""
     assert config.model.path is not None  # the config has checked it
     check_local_workers(config.address, config.num_workers)
+    check_local(config.output)
     check_output(config.output)
     check_model(config.model.path, config.model)
     given = None if config.model.retrained is None else given_standard(config.model.retrained)

@@ -1,0 +1,116 @@
+"""A benchmark of sixty rows and a model of a few thousand parameters: whole runs cost seconds, most of them Ray's start-up."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from soul.config import Config
+from soul.data.fictitious import fictitious_splits
+from soul.records import Record
+
+ROOT = Path(__file__).resolve().parents[2]
+NUM_FORGET, NUM_RETAIN, NUM_OTHER = 20, 40, 6
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 1, "num_heads": 2, "vocab_size": 400, "max_length": 256}
+
+
+def splits() -> dict[str, list[Record]]:
+    return fictitious_splits(num_authors=3)
+
+
+def write_tofu(folder: Path) -> Path:
+    """Three invented authors in TOFU's layout, with every evaluation subset."""
+    folder.mkdir()
+    made = splits()
+    plain = {"forget05": made["forget05"], "retain95": made["retain95"], "holdout05": made["holdout"][:NUM_OTHER]}
+    perturbed = {
+        "forget05_perturbed": made["forget05"],
+        "retain_perturbed": made["retain95"][:NUM_OTHER],
+        "real_authors_perturbed": made["real_authors"][:NUM_OTHER],
+        "world_facts_perturbed": made["world_facts"][:NUM_OTHER],
+    }
+    for name, records in plain.items():
+        write_rows(folder / f"{name}.json", [{"question": r.prompt, "answer": r.response} for r in records])
+    for name, records in perturbed.items():
+        rows = [
+            {"question": r.prompt, "answer": r.response, "paraphrased_answer": r.paraphrase, "perturbed_answer": r.perturbed}
+            for r in records
+        ]
+        write_rows(folder / f"{name}.json", rows)
+    return folder
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def settings(data: Path, output: Path, **sections: Any) -> dict[str, Any]:
+    """SO-NPO on `data` for two epochs; `sections` replace or, where they are mappings, extend."""
+    made: dict[str, Any] = {
+        "data": {"source": str(data)},
+        "model": {"tiny": TINY},
+        "prepare": {"max_steps": 20},
+        "train": {"epochs": 2},
+        "evaluate": {"max_new_tokens": 16},
+        "output": str(output),
+        "progress": False,
+    }
+    for name, value in sections.items():
+        made[name] = {**made[name], **value} if isinstance(value, dict) and name in made else value
+    return made
+
+
+def mini(data: Path, output: Path, **sections: Any) -> Config:
+    return Config.model_validate(settings(data, output, **sections))
+
+
+def steps(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without the clock."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def fingerprint(folder: Path) -> str:
+    """Of the exported weights, bit for bit."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of every file below."""
+    return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+def start(*words: str, **options: Any) -> subprocess.Popen[str]:
+    """`soul ...` in a process and a session of its own, without the tests' import path."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", "import sys; from soul.cli import main; sys.exit(main())", *words]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def wait_for(condition: Any, *, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"nothing happened within {timeout_s:g} s")
+        time.sleep(0.05)
+
+
+def found_in(text: str, folder: Path) -> list[str]:
+    """The files below `folder` that hold `text`."""
+    needle = text.encode()
+    return [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file() and needle in path.read_bytes()]
