@@ -44,7 +44,7 @@ class Display:
 
     def say(self, text: str) -> None:
         if self.enabled:
-            self._console.print(text, highlight=False)
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def update(self, stage: str, done: int, total: int) -> None:
         """Stage `stage` has done `done` of `total`."""
@@ -62,4 +62,4 @@ class Display:
             if done == total and self._said.get(stage) == float("inf"):
                 return
             self._said[stage] = float("inf") if done == total else now
-            self._console.print(f"{stage}: {done}/{total}", highlight=False)
+            self._console.print(f"{stage}: {done}/{total}", highlight=False, markup=False, soft_wrap=True)
