@@ -91,10 +91,10 @@ class SophiaG(ShardOptimizer):
         self._record(directions, lr=group["lr"])
 
     @torch.no_grad()
-    def curvature_stats(self) -> CurvatureStats:
-        """Size and spread of this rank's bias-corrected h. One pass over it: cheap at the interval of the curvature steps."""
+    def curvature_stats(self, *, quantiles: bool = True) -> CurvatureStats:
+        """Size and, with `quantiles`, spread of this rank's bias-corrected h: the histogram behind them is most of the cost."""
         factor = hessian_correction(self.param_groups[0])
-        return CurvatureStats.of(h * factor for _, hessians in self.state_buckets() for h in hessians)
+        return CurvatureStats.of((h * factor for _, hessians in self.state_buckets() for h in hessians), quantiles=quantiles)
 
 
 def hessian_correction(group: Group) -> float:

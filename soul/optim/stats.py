@@ -71,14 +71,16 @@ class CurvatureStats:
     histogram: Tensor
 
     @classmethod
-    def of(cls, hessians: Iterable[Tensor]) -> CurvatureStats:
+    def of(cls, hessians: Iterable[Tensor], *, quantiles: bool = True) -> CurvatureStats:
+        """Without `quantiles` the histogram stays empty."""
         stats = cls(torch.zeros(3, dtype=torch.float64), torch.zeros((), dtype=torch.float64), torch.zeros(NUM_BINS, dtype=torch.int64))
         for h in hessians:
-            sums = torch.stack([(h != 0).sum(), (h == 0).sum(), h.sum(dtype=torch.float64)])
+            num_nonzero = h.count_nonzero()
+            sums = torch.stack([num_nonzero, h.numel() - num_nonzero, h.sum(dtype=torch.float64)])
             stats = cls(
                 sums=stats.sums.to(h.device) + sums,
                 maximum=torch.maximum(stats.maximum.to(h.device), h.max().double()),
-                histogram=stats.histogram.to(h.device) + log_histogram(h),
+                histogram=stats.histogram.to(h.device) + log_histogram(h) if quantiles else stats.histogram,
             )
         return stats
 
@@ -97,9 +99,9 @@ class CurvatureStats:
 
 def log_histogram(values: Tensor) -> Tensor:
     """Counts of non-negative values in logarithmic bins: int64, shape (NUM_BINS,), additive over tensors and ranks."""
-    position = (values.flatten().float().log10() - _LOW) * _PER_DECADE
-    position = torch.nan_to_num(position, nan=math.inf).floor().clamp(-1, NUM_BINS - 2)
-    return torch.bincount(position.int() + 1, minlength=NUM_BINS)
+    position = values.flatten().float().log10().sub_(_LOW).mul_(_PER_DECADE)
+    torch.nan_to_num_(position, nan=math.inf).floor_().clamp_(-1, NUM_BINS - 2).add_(1)
+    return torch.bincount(position.int(), minlength=NUM_BINS)
 
 
 def quantile(histogram: Tensor, q: float) -> float:

@@ -63,7 +63,7 @@ class Telemetry:
             "rho": optimizer.param_groups[0].get("rho"),
         }
         if isinstance(optimizer, SophiaG):
-            local = optimizer.curvature_stats()
+            local = optimizer.curvature_stats(quantiles=False)
             curvature = replace(local, sums=self._over_shards(local.sums.to(self.engine.device)))
             row["hessian_mean"] = float(curvature.mean)
             row["hessian_zero_fraction"] = float(curvature.zero_fraction)
