@@ -18,6 +18,7 @@ import torch
 from ray import tune
 
 from soul.benchmarks.objective import cheap_objective
+from soul.benchmarks.outcomes import FAILED, MARK_KEY, STOPPED
 from soul.config import Config
 from soul.evaluate.evaluator import finish
 from soul.evaluate.plan import run_item
@@ -39,7 +40,6 @@ from soul.train.engines import make_engine
 from soul.train.job import JobResult, TrainJob, run_job
 from soul.train.loop import NonFiniteLoss, Progress
 
-FAILED, CRASHED, STOPPED, FAILURE_KEY = "failed", "crashed", "stopped", "trial"
 OnEpoch = Callable[[Mapping[str, Any]], None]
 
 
@@ -55,7 +55,7 @@ def run_trial(params: dict[str, Any], common: dict[str, Any]) -> None:
     try:
         work(config, command=common["command"], isolated=told["isolated"], report=report)
     except (InputError, TrainingStopped, NonFiniteLoss) as error:
-        run_dir(config).finish(FAILED, FAILURE_KEY, {"reason": str(error)})
+        run_dir(config).finish(FAILED, MARK_KEY, {"reason": str(error)})
         tune.report({"failed": 1.0, "epoch": config.train.epochs + 1})
 
 
@@ -77,19 +77,13 @@ class Reporter:
 
 def failure_of(run: RunDir) -> str | None:
     """Why the trial in `run` failed for good; None if it did not."""
-    found = run.finished(FAILED, FAILURE_KEY)
-    return None if found is None else str(found["reason"])
-
-
-def crash_of(run: RunDir) -> str | None:
-    """Why the trial has no result yet; it is tried again."""
-    found = run.finished(CRASHED, FAILURE_KEY)
+    found = run.finished(FAILED, MARK_KEY)
     return None if found is None else str(found["reason"])
 
 
 def stopped_at(run: RunDir) -> dict[str, Any] | None:
     """What a trial that the search stopped early had reached: its epochs' rows."""
-    return run.finished(STOPPED, FAILURE_KEY)
+    return run.finished(STOPPED, MARK_KEY)
 
 
 def work(config: Config, *, command: list[str], isolated: bool, report: Reporter) -> None:

@@ -20,6 +20,7 @@ from ray.tune import Callback, ResultGrid
 from ray.tune.logger import JsonLoggerCallback, TBXLoggerCallback
 
 from soul.benchmarks.grid import Trial
+from soul.benchmarks.outcomes import CRASHED, MARK_KEY, STOPPED
 from soul.config import Config
 from soul.grid_config import GridConfig
 from soul.orchestration.checks import check_local_workers, check_model, check_run
@@ -30,7 +31,7 @@ from soul.orchestration.halving import GroupedHalving
 from soul.orchestration.prepare import starting_model
 from soul.orchestration.progress import Display
 from soul.orchestration.shared import Shared, make_shared
-from soul.orchestration.trial import CRASHED, FAILURE_KEY, STOPPED, failure_of, nested_epoch, run_trial, stopped_at
+from soul.orchestration.trial import failure_of, nested_epoch, run_trial, stopped_at
 from soul.report.tracking import track
 from soul.rundir import RunDir
 
@@ -167,10 +168,10 @@ def _note_unfinished(results: ResultGrid) -> None:
         run = run_dir_of(result.config)
         if result.error is not None:
             cause = getattr(result.error, "cause", None) or result.error
-            run.finish(CRASHED, FAILURE_KEY, {"reason": f"it broke off ({type(cause).__name__}); see error.txt in tune/, and run again"})
+            run.finish(CRASHED, MARK_KEY, {"reason": f"it broke off ({type(cause).__name__}); see error.txt in tune/, and run again"})
         elif not run.results.is_file() and failure_of(run) is None and result.metrics_dataframe is not None:
             rows = [nested_epoch(row) for row in result.metrics_dataframe.to_dict("records")]
-            run.finish(STOPPED, FAILURE_KEY, {"epochs": rows})
+            run.finish(STOPPED, MARK_KEY, {"epochs": rows})
 
 
 def run_dir_of(config: dict[str, Any] | None) -> RunDir:

@@ -1,0 +1,53 @@
+"""Fronts of (left of forget, kept of retain), what is read off them at equal forgetting, and bootstrap intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from soul.benchmarks.paired import CONFIDENCE
+
+Point = tuple[float, float]  # what is left of the forget rows (lower is better), what is kept of the retain rows (higher is better)
+RESAMPLES = 10_000
+
+
+def pareto_front(points: Sequence[Point]) -> list[Point]:
+    """The points that no other point beats in one respect without losing in the other, by falling forget score."""
+    front: list[Point] = []
+    for left, kept in sorted(set(points), key=lambda point: (point[0], -point[1])):
+        if not front or kept > front[-1][1]:
+            front.append((left, kept))
+    return front[::-1]
+
+
+def kept_at(front: Sequence[Point], left: float) -> float | None:
+    """What the front keeps where `left` is left, on the straight line between its neighbours. None where it does not forget so much.
+
+    Beyond the end that forgets least it keeps what that end keeps: nothing is better there.
+    """
+    points = sorted(front)
+    if not points or left < points[0][0]:
+        return None
+    return float(np.interp(left, [x for x, _ in points], [y for _, y in points]))
+
+
+def deepest_shared_level(fronts: Sequence[Sequence[Point]]) -> float | None:
+    """The least that every one of these fronts leaves: the deepest forgetting at which all of them can be compared."""
+    if not fronts or not all(fronts):
+        return None
+    return max(min(left for left, _ in front) for front in fronts)
+
+
+def bootstrap_interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float] | None:
+    """Percentile interval of the mean over resampled values; None below two values.
+
+    With a handful of values it cannot reach beyond the smallest and the largest, and is narrower than it should be.
+    """
+    if len(values) < 2:
+        return None
+    drawn = np.random.Generator(np.random.Philox(seed)).integers(len(values), size=(RESAMPLES, len(values)))
+    means = np.asarray(values, dtype=np.float64)[drawn].mean(axis=1)
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(means, [tail, 100 - tail])
+    return float(low), float(high)

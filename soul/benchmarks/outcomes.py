@@ -1,0 +1,119 @@
+"""What the trials of a grid left in their run directories, read back: metrics of both halves of the rows, costs, or why there are none."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from soul.benchmarks.grid import Trial
+from soul.evaluate.eval_log import EvalLog, SplitLog
+from soul.evaluate.logs import read_log
+from soul.evaluate.score import Scores, score
+from soul.rundir import RunDir
+
+# Marks beside the stages of a run: a trial that failed for good, broke off, or was stopped early by the search.
+FAILED, CRASHED, STOPPED, MARK_KEY = "failed", "crashed", "stopped", "trial"
+HALVED: Final = ("forget", "retain")
+SMALLEST_P: Final = 1e-300
+
+State = Literal["done", "failed", "crashed", "stopped", "missing"]
+Values = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`validation` is what a choice is selected by, `values` what is reported; both are of all rows where nothing is selected.
+
+    Keys are paths such as "forget.rougeL_recall", "model_utility" or "mia_auc.min_k"; what was not measured has no key.
+    """
+
+    trial: Trial
+    state: State
+    reason: str = ""
+    validation: Values = field(default_factory=dict)
+    values: Values = field(default_factory=dict)
+    target: Values = field(default_factory=dict)
+    retrained: Values = field(default_factory=dict)
+    epochs: tuple[Mapping[str, Any], ...] = ()
+    cost: Mapping[str, float | None] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    benchmark: str = ""
+
+
+def read_outcome(trial: Trial, folder: Path, *, halved: bool) -> Outcome:
+    """`halved`: a choice is to be selected, on the even rows of forget and retain; the odd ones are for the report."""
+    run = RunDir(folder)
+    if not run.results.is_file():
+        return _without_results(trial, run)
+    results = json.loads(run.results.read_text())
+    models = results["models"]
+    retrained = read_log(run.logs / "retrained") if (run.logs / "retrained").is_dir() else None
+    log = read_log(run.logs)
+    if halved:
+        validation, values = (values_of(_scores(log, retrained, half)) for half in (0, 1))
+    else:
+        validation = values = values_of(_scores(log, retrained, None))
+    return Outcome(
+        trial,
+        "done",
+        validation=validation,
+        values=values,
+        target=flat(models["target"]),
+        retrained=flat(models["retrained"] or {}),
+        epochs=tuple(results["epochs"]),
+        cost=results["cost"],
+        sizes=results["splits"],
+        benchmark=results["benchmark"],
+    )
+
+
+def _without_results(trial: Trial, run: RunDir) -> Outcome:
+    for state in (FAILED, CRASHED):
+        mark = run.finished(state, MARK_KEY)
+        if mark is not None:
+            return Outcome(trial, "failed" if state == FAILED else "crashed", str(mark["reason"]))
+    stopped = run.finished(STOPPED, MARK_KEY)
+    if stopped is not None:
+        rows = tuple(stopped["epochs"])
+        return Outcome(trial, "stopped", f"stopped by the search after epoch {rows[-1]['epoch']}", epochs=rows)
+    return Outcome(trial, "missing", "it has not run to its end; the same command continues it")
+
+
+def _scores(log: EvalLog, retrained: EvalLog | None, half: int | None) -> Scores:
+    if half is None:
+        return score(log, retrained=retrained)
+    return score(half_of(log, half), retrained=None if retrained is None else half_of(retrained, half))
+
+
+def half_of(log: EvalLog, half: int) -> EvalLog:
+    """Every second row of forget and retain, from row `half` (0 or 1) on; the other splits whole. Authors are in both halves."""
+    splits = {name: _every_second(rows, half) if name in HALVED else rows for name, rows in log.splits.items()}
+    return replace(log, splits=splits, recorded_auc={})
+
+
+def _every_second(log: SplitLog, half: int) -> SplitLog:
+    columns: dict[str, Any] = {f.name: value[half::2] for f in fields(log) if isinstance(value := getattr(log, f.name), tuple)}
+    return replace(log, **columns, attacks={name: rows[half::2] for name, rows in log.attacks.items()})
+
+
+def values_of(scores: Scores) -> dict[str, float]:
+    """A model's metrics and SOUL's own variants as one flat mapping."""
+    legacy = {name: value for name, value in scores.legacy.items() if value is not None}
+    return {**flat(scores.model_entry()), **legacy}
+
+
+def flat(entry: Mapping[str, Any]) -> dict[str, float]:
+    """A model's entry of results.json by paths; forget quality as log10 too, in which alone it can be averaged."""
+    found: dict[str, float] = {}
+    for name, value in entry.items():
+        if isinstance(value, Mapping) and name != "reasons":
+            found |= {f"{name}.{inner}": number for inner, number in value.items() if isinstance(number, int | float)}
+        elif isinstance(value, int | float):
+            found[name] = value
+    if "forget_quality" in found:
+        found["log10_forget_quality"] = math.log10(max(found["forget_quality"], SMALLEST_P))
+    return found
