@@ -1,0 +1,163 @@
+"""A server on Ray Serve: started from the command line, or written down as a config file for a cluster."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import threading
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from ray import serve
+from ray.serve.config import AutoscalingConfig, HTTPOptions
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
+
+from soul.orchestration.cluster import cluster
+from soul.orchestration.replica import Gateway, Generator
+from soul.records import InputError
+from soul.rundir import write_atomically
+from soul.serving.gate import Catalogue, Hashes, check_folders, read_catalogue
+from soul.serving.settings import ServeConfig
+
+APP: Final = "soul"
+LOG: Final = logging.getLogger(__name__)
+MAX_GATEWAY_REQUESTS: Final = 1000
+
+
+def build_app(args: dict[str, Any]) -> serve.Application:
+    """What a Serve config file names as `import_path`; `args` is a `ServeConfig`."""
+    config = ServeConfig.model_validate(args)
+    return application(config, read_catalogue(config.hosting, on_loopback=config.on_loopback, hashes=Hashes()))
+
+
+def application(config: ServeConfig, catalogue: Catalogue) -> serve.Application:
+    """Gateway and generators. Replicas load what the catalogue hosts, as much of it as they may hold, before they count as ready."""
+    size, limits = config.replicas, config.limits
+    scaling: dict[str, Any] = {"num_replicas": size.minimum}
+    if size.maximum > size.minimum:
+        scaling = {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=size.minimum, max_replicas=size.maximum, target_ongoing_requests=size.target_requests
+            )
+        }
+    generators = serve.deployment(
+        Generator,
+        name="Generator",
+        ray_actor_options={"num_cpus": size.num_cpus, "num_gpus": size.num_gpus},
+        max_ongoing_requests=limits.max_requests,
+        max_queued_requests=limits.max_requests,
+        graceful_shutdown_timeout_s=size.drain_s,
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=5,
+        health_check_timeout_s=30,
+        **scaling,
+    )
+    gateway = serve.deployment(
+        serve.ingress()(Gateway),
+        name="Gateway",
+        ray_actor_options={"num_cpus": 0.1},
+        max_ongoing_requests=MAX_GATEWAY_REQUESTS,
+        graceful_shutdown_timeout_s=size.drain_s,
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=5,
+        health_check_timeout_s=30,
+    )
+    specs = list(dict.fromkeys(model.spec for model in catalogue.hosted() if model.spec is not None))
+    bound = generators.bind(limits.model_dump(), size.max_models, specs)
+    return gateway.bind(config.model_dump(mode="json"), bound)
+
+
+def start(config: ServeConfig, catalogue: Catalogue) -> DeploymentHandle:
+    """Serve on a connected Ray; returns once every replica is ready.
+
+    Raises:
+        InputError: the port is taken.
+    """
+    _check_port(config)
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options=HTTPOptions(host=config.host, port=config.port),
+        logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+    )
+    return serve.run(application(config, catalogue), name=APP, route_prefix="/")
+
+
+def _check_port(config: ServeConfig) -> None:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            raise InputError(f"{config.host}:{config.port} cannot be listened on ({error.strerror}). Choose another --port.") from None
+
+
+def run_server(config: ServeConfig, *, address: str | None, verbose: bool) -> None:
+    """Serve until SIGTERM or Ctrl-C; requests that have begun are answered first.
+
+    Raises:
+        InputError: a run is missing, nothing passes the gate, or the port is taken.
+    """
+    check_folders(config.hosting)
+    catalogue = read_catalogue(config.hosting, on_loopback=config.on_loopback, hashes=Hashes())
+    for line in describe(catalogue):
+        print(line)
+    with cluster(address, num_workers=1, verbose=verbose):
+        start(config, catalogue)
+        print(f"serving on http://{config.host}:{config.port}/ (API under /v1); Ctrl-C stops it", flush=True)
+        try:
+            _wait()
+        finally:
+            print("draining: requests that have begun are answered", flush=True)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second signal does not wait
+            serve.delete(APP)
+            serve.shutdown()
+
+
+def _wait() -> None:
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        return
+
+
+def describe(catalogue: Catalogue) -> list[str]:
+    """One line per model: hosted, hosted without approval, or refused and why."""
+    lines = []
+    for model in catalogue.models.values():
+        if model.spec is None:
+            lines.append(f"  refused  {model.id}: {model.reason}")
+        elif model.reason is not None:
+            lines.append(f"  WARNING  {model.id} is served without approval: {model.reason}")
+        else:
+            lines.append(f"  hosted   {model.id} ({model.role})")
+    return [*lines, *(f"  alias    {alias} -> {name}" for alias, name in catalogue.aliases.items())]
+
+
+def write_serve_config(config: ServeConfig, path: Path) -> None:
+    """A file for `serve deploy`: what is hosted is the gateway's user_config, so that changing it restarts nothing."""
+    hosting = config.hosting.model_dump(mode="json")
+    document = {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": config.host, "port": config.port},
+        "logging_config": {"log_level": "WARNING", "enable_access_log": False},
+        "applications": [
+            {
+                "name": APP,
+                "route_prefix": "/",
+                "import_path": "soul.orchestration.serve:build_app",
+                "args": config.model_dump(mode="json"),
+                "deployments": [{"name": "Gateway", "user_config": hosting}],
+            }
+        ],
+    }
+    write_atomically(path, yaml.safe_dump(document, sort_keys=False, width=140))
+
+
+def stop() -> None:
+    """Take the application down and Serve with it; Ray stays."""
+    serve.delete(APP)
+    serve.shutdown()

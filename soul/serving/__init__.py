@@ -1,0 +1,1 @@
+"""Serving: the gate that decides which checkpoints may answer, the OpenAI-compatible routes, and the decoding engine. No ray in here."""

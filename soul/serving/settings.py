@@ -1,0 +1,113 @@
+"""Settings of a server: what may be asked of it, where it listens, how many replicas do the work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Final
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from soul.serving.policy import Policy
+
+ModelId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
+Count = Annotated[int, Field(ge=1, strict=True)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Limits(_Section):
+    """Per request, and (`max_rows`, `max_batch_tokens`, `max_requests`) per replica."""
+
+    max_body_bytes: Count = 2**20
+    max_prompts: Count = 64
+    max_choices: Count = 8
+    max_new_tokens: Count = 1024
+    default_new_tokens: Count = 256
+    max_stops: Count = 4
+    max_top: Count = 20
+    timeout_s: Seconds = 120.0
+    max_rows: Count = 32
+    max_batch_tokens: Count = 65_536
+    max_requests: Count = 64
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Limits:
+        if self.default_new_tokens > self.max_new_tokens:
+            raise ValueError(f"default_new_tokens ({self.default_new_tokens}) must not exceed max_new_tokens ({self.max_new_tokens})")
+        return self
+
+
+class Replicas(_Section):
+    """`maximum` above `minimum` lets Serve add replicas while each has more than `target_requests` in flight."""
+
+    minimum: Count = 1
+    maximum: Count = 1
+    target_requests: Annotated[float, Field(gt=0)] = 8.0
+    num_cpus: Annotated[float, Field(ge=0)] = 0.5
+    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    max_models: Count = 4
+    drain_s: Seconds = 30.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Replicas:
+        if self.maximum < self.minimum:
+            raise ValueError(f"replicas.maximum ({self.maximum}) must be at least replicas.minimum ({self.minimum})")
+        return self
+
+
+class Hosting(_Section):
+    """What is served: this part can change while the server runs. `runs`: model id -> run directory. `aliases`: name -> model id."""
+
+    runs: dict[ModelId, str] = Field(default_factory=dict)
+    aliases: dict[ModelId, ModelId] = Field(default_factory=dict)
+    policy: Policy = Field(default_factory=Policy)
+    allow_unevaluated: bool = False
+
+    @model_validator(mode="after")
+    def _names(self) -> Hosting:
+        both = sorted(self.runs.keys() & self.aliases.keys())
+        if both:
+            raise ValueError(f"{', '.join(both)}: a run and an alias cannot share a name")
+        doubled = [name for name in [*self.runs, *self.aliases, *self.aliases.values()] if ".." in name]
+        if doubled:
+            raise ValueError(f"{', '.join(doubled)}: a model id cannot hold two dots in a row")
+        return self
+
+
+class ServeConfig(_Section):
+    """`watch`: a YAML file whose runs, aliases and policy are read again when it changes."""
+
+    hosting: Hosting = Field(default_factory=Hosting)
+    watch: str | None = None
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65_535, strict=True)] = 8000
+    limits: Limits = Field(default_factory=Limits)
+    replicas: Replicas = Field(default_factory=Replicas)
+    key_hashes: tuple[Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")], ...] = ()
+
+    @model_validator(mode="after")
+    def _keys_off_loopback(self) -> ServeConfig:
+        if not self.on_loopback and not self.key_hashes:
+            raise ValueError(
+                f"host {self.host} can be reached from other machines, and there is no API key. Set SOUL_API_KEYS or --api-key-file, "
+                "or keep to 127.0.0.1."
+            )
+        return self
+
+    @property
+    def on_loopback(self) -> bool:
+        return self.host in LOOPBACK
+
+    @property
+    def max_in_flight(self) -> int:
+        """Requests that the gateway lets in at a time."""
+        return self.limits.max_requests * self.replicas.maximum
+
+
+def model_id_of(folder: Path) -> str:
+    """The id that a run directory gets when none is given."""
+    return folder.resolve().name
