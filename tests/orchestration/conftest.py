@@ -3,28 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from soul.config import Config
 from soul.train.job import TrainJob
-from tests.orchestration.mini import mini, write_tofu
-
-
-@dataclass(frozen=True)
-class Finished:
-    """`jobs` maps an optimizer to the training job of its arm."""
-
-    data: Path
-    run: Path
-    twin: Path
-    config: Config
-    jobs: dict[str, TrainJob]
-    target: Path
-    retrained: Path
+from tests.orchestration.mini import Finished, mini, write_tofu
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,24 @@ from safetensors.torch import load_file
 from soul.config import Config
 from soul.data.fictitious import fictitious_splits
 from soul.records import Record
+from soul.train.job import TrainJob
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_FORGET, NUM_RETAIN, NUM_OTHER = 20, 40, 6
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 1, "num_heads": 2, "vocab_size": 400, "max_length": 256}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """`jobs` maps an optimizer to the training job of its arm."""
+
+    data: Path
+    run: Path
+    twin: Path
+    config: Config
+    jobs: dict[str, TrainJob]
+    target: Path
+    retrained: Path
 
 
 def splits() -> dict[str, list[Record]]:

@@ -21,8 +21,7 @@ from soul.orchestration.outcome import NO_RETRAINED
 from soul.orchestration.prepare import Prepared
 from soul.records import InputError
 from soul.report.results import ModelResults, Results, load_results
-from tests.orchestration.conftest import Finished
-from tests.orchestration.mini import fingerprint, settings, splits, steps, write_rows
+from tests.orchestration.mini import Finished, fingerprint, settings, splits, steps, write_rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 NUM_FORGET, NUM_RETAIN = 7, 11

@@ -21,10 +21,9 @@ from soul.rundir import RunDir
 from soul.train.engine import EngineConfig
 from soul.train.engines import make_engine
 from soul.train.job import TrainJob, run_job
-from tests.orchestration.conftest import Finished
-from tests.orchestration.mini import NUM_FORGET, NUM_OTHER, fingerprint, mini, stamps, steps, weights
+from tests.orchestration.mini import NUM_FORGET, NUM_OTHER, Finished, fingerprint, mini, stamps, steps, weights
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]  # on a machine that does ten other things
 
 BATCH = 8
 STEPS = 3 * -(-NUM_FORGET // BATCH)

@@ -1,0 +1,191 @@
+"""Killed workers, killed drivers, losses that are not finite: the run goes on from its last checkpoint and ends with the same bits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from soul.cli import DONE, FAILURE, INTERRUPTED, main
+from soul.orchestration.train import fit
+from soul.train.engines import make_engine
+from soul.train.job import TrainJob, run_job
+from soul.train.state import EXTRA
+from tests.orchestration.mini import Finished, fingerprint, mini, start, steps, wait_for
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+EPOCHS, STEPS = 90, 270
+# Long enough to be killed in the middle on any machine: thirty steps between checkpoints, and every step of each is repeated.
+TRAIN = {"epochs": EPOCHS, "save_every": 10, "eval_every": 0}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What every interrupted run has to end with; without Ray, which test_pipeline.py shows to make no difference."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    job = long_job(finished, folder)
+    run_job(job, make_engine(job.engine, rank=0, world=1, local_rank=0), resume_from=None, save_checkpoint=lambda engine, progress: None)
+    return folder
+
+
+def long_job(finished: Finished, folder: Path) -> TrainJob:
+    job = finished.jobs["sophia"]
+    return replace(job, run_dir=str(folder), export=str(folder / "model"), train=job.train.model_copy(update=TRAIN))
+
+
+def same(run: Path, other: Path) -> None:
+    assert steps(run) == steps(other)
+    assert fingerprint(run / "model") == fingerprint(other / "model")
+
+
+def num_lines(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.is_file() else 0
+
+
+def children(name: str) -> list[psutil.Process]:
+    """Ray's processes of that title below this one: other clusters on the machine are nobody's business."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if name in " ".join(process.cmdline()):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+    return found
+
+
+def test_a_killed_worker_is_replaced_and_changes_nothing(finished: Finished, uninterrupted: Path, tmp_path: Path) -> None:
+    killed: list[int] = []
+
+    def kill(step: int, total: int) -> None:
+        if not killed and 100 <= step < total - 30:
+            for process in children("RayTrainWorker"):
+                killed.append(process.pid)
+                process.kill()
+
+    result = fit(long_job(finished, tmp_path), name="killed", on_progress=kill)
+    assert len(killed) == 1, "the worker ended before it could be killed"
+    assert result.steps == STEPS
+    same(tmp_path, uninterrupted)
+
+
+def interrupted(finished: Finished, run: Path, number: int) -> tuple[int, str, str, float]:
+    """Start the run in a process of its own, send it a signal in the middle of training: exit code, stdout, stderr, seconds to the end."""
+    config = mini(finished.data, run, train=TRAIN, cache=str(finished.config.cache_folder), model=finished.config.model.model_dump())
+    file = run.parent / "config.yaml"
+    file.write_text(config.model_dump_json())  # JSON is YAML
+    process = start("tofu", "--config", str(file))
+    try:
+        wait_for(lambda: num_lines(run / "metrics.jsonl") >= 100 or process.poll() is not None, timeout_s=400)
+        assert num_lines(run / "metrics.jsonl") < STEPS, "the run was over before it could be interrupted"
+        began = time.monotonic()
+        process.send_signal(number)
+        out, err = process.communicate(timeout=120)
+        return process.returncode, out, err, time.monotonic() - began
+    finally:
+        process.kill()
+
+
+SIGNALS = [
+    signal.SIGTERM,
+    pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_an_interrupted_driver_leaves_a_run_that_resumes(
+    number: signal.Signals, finished: Finished, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    code, out, err, seconds = interrupted(finished, run, number)
+    if number == signal.SIGKILL:
+        assert code == -signal.SIGKILL
+    else:
+        assert code == INTERRUPTED == 130, err
+        assert err.splitlines()[-1] == f"interrupted. Continue with: soul resume {run}"
+        assert "Traceback" not in err
+    assert out == "" and seconds < 60
+    done = num_lines(run / "metrics.jsonl")
+    assert 100 <= done < STEPS and not (run / "model").exists() and not (run / "results.json").exists()
+    assert main(["resume", str(run)]) == DONE
+    assert capsys.readouterr().out.rstrip().endswith(str(run))
+    same(run, uninterrupted)
+    assert (run / "results.json").is_file() and (run / "report.html").is_file()
+
+
+def run_words(finished: Finished, run: Path, **sections: Any) -> list[str]:
+    config = mini(finished.data, run, cache=str(finished.config.cache_folder), **{"model": finished.config.model.model_dump(), **sections})
+    file = run.parent / "config.yaml"
+    file.write_text(config.model_dump_json())
+    return ["tofu", "--config", str(file)]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    exploding = {
+        "method": {"name": "ga"},
+        "optimizer": {"name": "adamw", "learning_rate": 3e37},
+        "train": {"epochs": 30, "batch_size": 20, "warmup_fraction": 0, "schedule": "constant"},
+        "engine": {"max_grad_norm": None},
+    }
+    assert main(run_words(finished, run, **exploding)) == FAILURE
+    captured = capsys.readouterr()
+    failed = [line for line in captured.err.splitlines() if line.startswith("failed: ")]
+    assert len(failed) == 1 and "Traceback" not in captured.err
+    done = num_lines(run / "metrics.jsonl")
+    assert f"the forget loss is not finite at step {done};" in failed[0] and "--learning-rate" in failed[0]
+    kept = sorted(run.glob("checkpoints/*/step_*"))
+    assert done >= 1 and kept[-1].name == f"step_{done:08d}" and (kept[-1] / EXTRA).is_file()
+    assert json.loads((kept[-1] / EXTRA).read_text())["step"] == done
+    assert not (run / "model").exists() and not (run / "results.json").exists()
+
+
+def test_a_model_whose_weights_are_not_numbers_is_told_before_training(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished.target, tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("mlp.down_proj.weight"))
+    save_file({**tensors, name: torch.full_like(tensors[name], torch.nan)}, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    model = {"path": str(tmp_path / "model")}
+    assert main(run_words(finished, tmp_path / "run", model=model)) == FAILURE
+    err = capsys.readouterr().err
+    assert "failed: ArithmeticError" in err and "check the model's weights" in err and "Traceback" not in err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+NOISE = (
+    *("WARNING", "Warning", "warn", "INFO", "Traceback", "raylet", "pid="),
+    *("Writing model shards", "Loading weights", "it/s]", "accelerator"),
+)
+
+
+def test_a_run_says_nothing_but_its_progress(finished: Finished, tmp_path: Path) -> None:
+    """With a tiny model to make, so that every stage has its say."""
+    run = tmp_path / "run"
+    config = mini(finished.data, run, train={"epochs": 1}, prepare={"max_steps": 3}, progress=True)
+    file = tmp_path / "config.yaml"
+    file.write_text(config.model_dump_json())
+    process = start("tofu", "--config", str(file))
+    try:
+        out, err = process.communicate(timeout=600)
+    finally:
+        process.kill()
+    assert process.returncode == DONE, err
+    assert [word for word in NOISE if word in out + err] == [], out + err
+    stages = ("train target model", "train retrained model", "unlearn: NPO with sophia", "evaluate ")
+    assert all(line.startswith(stages) for line in err.splitlines()), err
+    assert out.splitlines()[0].strip() == "Unlearning on tofu/forget05" and out.rstrip().endswith(str(run))
