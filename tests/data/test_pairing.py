@@ -78,6 +78,13 @@ def test_a_step_does_not_depend_on_which_were_asked_for_before() -> None:
     assert all(as_lists(plan_of(), step) == expected[step] for step in (0, 5, 11, 33))
 
 
+def test_old_orders_are_not_kept() -> None:
+    plan = plan_of(partner=8)
+    for step in range(30 * plan.steps_per_epoch):
+        plan.step(step)
+    assert len(plan._cache) <= 6  # of 30 passes over forget and 199 over retain
+
+
 def test_another_process_draws_the_same_order() -> None:
     script = (
         "import json, numpy as np; from soul.data.pairing import PairedPlan; rng = np.random.default_rng(7);"
@@ -99,7 +106,7 @@ def test_seeds_and_epochs_have_orders_of_their_own() -> None:
     for split in ("forget", "retain"):
         assert rows_of(first, split, epoch) != rows_of(second, split, epoch)
         assert rows_of(first, split, epoch) != rows_of(first, split, range(first.steps_per_epoch, 2 * first.steps_per_epoch))
-    same_size = plan_of(partner=LEAD)
+    same_size = plan_of(partner=LEAD, window=1)
     assert rows_of(same_size, "forget", epoch) != rows_of(same_size, "retain", epoch)  # splits are not shuffled alike
 
 
