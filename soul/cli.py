@@ -10,6 +10,7 @@ import difflib
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -109,6 +110,7 @@ def run_command(command: str, argv: Sequence[str] | None = None, *, prog: str | 
     _stop_on_sigterm()
     try:
         parsed = build_parser(command, prog=prog).parse(words)
+        parsed.words = words
         logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
         return COMMANDS[command].run(parsed)
     except InputError as error:
@@ -211,6 +213,13 @@ def _grid(parsed: argparse.Namespace) -> int:
         except KeyboardInterrupt as stop:
             stop.args = ("interrupted. Continue with the same command: what is finished is not repeated.",)
             raise
+    from soul.report.grid_build import build_grid_report, show_grid
+
+    output = Path(config.output).resolve()
+    command = shlex.join(["python", "pipelines/grid.py", *parsed.words])
+    table = build_grid_report(config.all_trials(), output, floor=config.utility_floor, samples=config.samples, command=command)
+    show_grid(table)
+    print(output / "report.html")
     return DONE
 
 
@@ -284,6 +293,33 @@ def _report(parsed: argparse.Namespace) -> int:
     return DONE
 
 
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    from soul.serving.flags import add_serve_flags
+
+    add_serve_flags(parser)
+
+
+def _serve(parsed: argparse.Namespace) -> int:
+    from soul.serving.flags import serve_overrides
+    from soul.serving.policy import Policy
+    from soul.serving.settings import ServeConfig
+    from soul.settings import load_settings
+
+    policy = None if parsed.policy is None else load_settings(Policy, parsed.policy, {}).model_dump()
+    labels = {"host": "--host", "port": "--port", "replicas.minimum": "--replicas", "replicas.max_models": "--max-models"}
+    config = load_settings(ServeConfig, parsed.config, serve_overrides(parsed, policy), labels=labels)
+    if not config.hosting.runs:
+        raise InputError("nothing to serve: expected one run directory or more, or a --config with hosting.runs.")
+    from soul.orchestration import serve
+
+    if parsed.build is not None:
+        serve.write_serve_config(config, Path(parsed.build))
+        print(parsed.build)
+        return DONE
+    serve.run_server(config, address=parsed.address, verbose=parsed.verbose)
+    return DONE
+
+
 COMMANDS: dict[str, Command] = {
     "tofu": Command(DEMO_TEXT, "[FLAGS]", _add_run("tofu"), _run),
     "unlearn": Command(
@@ -295,6 +331,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command("Measure a model folder or hub id, without training.", "MODEL_DIR [FLAGS]", _add_evaluate, _evaluate),
     "score": Command("Metrics of a published evaluation log, as one JSON object.", "LOG [--retrained LOG]", _add_score, _score),
     "resume": Command("Continue an interrupted run.", "RUN", _add_resume, _resume),
+    "serve": Command("Answer over HTTP with evaluated models.", "RUN [RUN ...] [FLAGS]", _add_serve, _serve),
     "report": Command("Write the report of one run, or of several side by side.", "RUN [RUN ...] [--output DIR]", _add_report, _report),
 }
 

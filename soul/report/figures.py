@@ -103,9 +103,9 @@ def _trade_off(runs: Sequence[Results]) -> Figure | None:
             return None
         axes.set_xlabel("forget rows still reproduced (ROUGE-L)")
         axes.set_ylabel("retain rows kept (ROUGE-L)")
-        _share_axis(axes.xaxis, lowest=0)
-        _share_axis(axes.yaxis, lowest=min(heights))
-        _legend(canvas, axes.lines)
+        share_axis(axes.xaxis, lowest=0)
+        share_axis(axes.yaxis, lowest=min(heights))
+        legend_above(canvas, axes.lines)
         svg = to_svg(canvas, "trade-off")
     caption = "Top left is the goal: the forget rows gone, the rest kept. Thin lines are the way there, one dot per evaluated epoch."
     subject = "Share of forget rows reproduced against share of retain rows kept"
@@ -139,8 +139,8 @@ def _curves(runs: Sequence[Results], split: str) -> Figure | None:
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axes.set_ylabel(f"{METRICS[metric].title} ({'lower' if split == 'forget' else 'higher'} is better)")
-        _share_axis(axes.yaxis, lowest=min(heights))
-        _legend(canvas, axes.lines)
+        share_axis(axes.yaxis, lowest=min(heights))
+        legend_above(canvas, axes.lines)
         svg = to_svg(canvas, f"{split}-curve")
     word = METRICS[metric].title
     caption = f"{word} on the {split} rows after each epoch of unlearning."
@@ -189,12 +189,12 @@ def _telemetry(runs: Sequence[Results], steps: Sequence[Steps], name: str, title
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
-        _legend(canvas, axes.lines if key else _run_and_term_lines(axes.lines, keys))
+        legend_above(canvas, axes.lines if key else _run_and_term_lines(axes.lines, keys))
         svg = to_svg(canvas, name)
     return Figure(name, title, CAPTIONS[name], f"{title}, by optimizer step", tuple(told), svg)
 
 
-def _share_axis(axis: Axis, *, lowest: float) -> None:
+def share_axis(axis: Axis, *, lowest: float) -> None:
     """A share in percent, with room for markers at 0 and 100; zoomed only where everything lies high."""
     axis.set_view_interval(*((-0.03, 1.03) if lowest < 0.7 else (lowest - 0.1, 1.01)), ignore=True)
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
@@ -211,7 +211,7 @@ def _run_and_term_lines(lines: Sequence[Line2D], keys: Sequence[str]) -> list[Li
     return [*(Line2D([], [], color=colour, lw=1.5, label=label) for label, colour in runs.items() if len(runs) > 1), *terms]
 
 
-def _legend(canvas: Canvas, handles: Sequence[Line2D]) -> None:
+def legend_above(canvas: Canvas, handles: Sequence[Line2D]) -> None:
     """Above the axes, where it covers nothing; the figure grows with it."""
     handles = [handle for handle in handles if not str(handle.get_label()).startswith("_")]
     labels = [str(handle.get_label()) for handle in handles]

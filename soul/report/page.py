@@ -19,17 +19,17 @@ FOLDER: Final = Path(__file__).parent
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
     return Environment(loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
 def html_page(report: Report) -> str:
-    template = _environment().get_template("page.html.j2")
+    template = environment().get_template("page.html.j2")
     page: str = template.render(
         report=report,
-        css=_style(),
-        figures=_inlined(report.figures),
-        telemetry=_inlined(report.telemetry),
+        css=style_sheet(),
+        figures=inlined(report.figures),
+        telemetry=inlined(report.telemetry),
         words=[*METRICS.values(), *OVERALL.values(), *ATTACKS.values()],
         arrow_key=ARROW_KEY,
         arrows=ARROWS,
@@ -41,12 +41,12 @@ def html_page(report: Report) -> str:
     return page.rstrip() + "\n"
 
 
-def _inlined(figures: Sequence[Figure]) -> list[tuple[Figure, Markup]]:
+def inlined(figures: Sequence[Figure]) -> list[tuple[Figure, Markup]]:
     """Safe to mark as markup: matplotlib escapes the text it draws, and `inline` escapes the alternative text."""
     return [(figure, Markup(inline(figure.svg, figure.alt))) for figure in figures]
 
 
-def _style() -> Markup:
+def style_sheet() -> Markup:
     """The style sheet with the figures' colours, which must be the same in both."""
     text = (FOLDER / "page.css").read_text(encoding="utf-8")
     for position, theme in enumerate(("light", "dark")):
