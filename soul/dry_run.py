@@ -53,7 +53,7 @@ def dry_run(config: Config) -> str:
         sections += [f"# memory of one worker: unknown, because {reason}"]
     else:
         title = f"memory of one worker ({config.engine.name}, {config.engine.num_workers} worker(s), rows of at most about {length} tokens)"
-        lines = [(item.name, memory(item.num_bytes)) for item in plan.memory]
+        lines = [(item.name, memory(item.num_bytes) + (" in CPU memory" if item.on_cpu else "")) for item in plan.memory]
         lines += [("together", memory(plan.memory_bytes)), ("one checkpoint on disk", memory(plan.checkpoint_bytes))]
         sections += table(title, [("parameters", f"{shape.num_params:,}"), *lines])
     return "\n".join([*sections, *(f"# warning: {text}" for text in config.warnings())])

@@ -8,6 +8,13 @@ c bytes of a number in computation (4, or 2 in bf16).
                    DDP's buckets are views of the gradients.
     fsdp           (4 + 4 + 4 s) N / W, and beside the shards what is whole for a moment: the root's weights and gradients 2 c R,
                    the weights of two blocks 2 c B (one computes, one is fetched), one block's gradients c B and their fp32 copy 4 B
+                   Offloaded, the shards are in CPU memory and a block's are on their way.
+    deepspeed 1    weights c N, gradients c N and in bf16 their fp32 sum 4 N; fp32 weights and states (4 + 4 s) N / W, and in fp32 a
+                   copy of the gradients 4 N / W while stepping
+    deepspeed 2    weights c N, gradients 4 N / W with a copy while stepping 4 N / W, fp32 weights and states, two buckets
+    deepspeed 3    weights c N / W, gradients 4 N / W, fp32 weights and states, a copy of one sub-group's gradients while stepping,
+                   whole weights of c min(N, 10^9) and two buckets. What is offloaded is in CPU memory at every stage: fp32
+                   weights, states and the gradients' sum; with `all` the weights too.
     activations    c T (8 d + 3 f) per block: inputs of both norms and what they return, q, k, v, attention out (8 d), gate, up and
                    their product (3 f). With gradient checkpointing c T d per block and one block in full.
     logits         T V (c + 4 + 4): logits, their fp32 copy, its gradient. Every token counted as supervised: an upper bound.
@@ -27,7 +34,8 @@ from soul.data.pairing import PairedPlan
 from soul.models.tiny import TinyConfig
 from soul.objectives.methods import needs_reference, streamed_splits
 from soul.train.config import TrainConfig
-from soul.train.engine import Precision
+from soul.train.deepspeed import BUCKET, MAX_LIVE, SUB_GROUP
+from soul.train.engine import EngineConfig, Precision
 from soul.train.loop import hessian_splits
 from soul.train.sharding import decoder_blocks
 
@@ -54,8 +62,11 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class MemoryItem:
+    """`on_cpu`: in CPU memory beside a GPU's; without a GPU it is all the same."""
+
     name: str
     num_bytes: int
+    on_cpu: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +92,8 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        return sum(item.num_bytes for item in self.memory)
+        """What is not offloaded."""
+        return sum(item.num_bytes for item in self.memory if not item.on_cpu)
 
     def disk_bytes(self, config: Config) -> int:
         """What the run directory needs at its fullest: the checkpoints that are kept, the one being written, the exported model."""
@@ -148,27 +160,59 @@ def plan_run(config: Config, *, num_forget: int, num_retain: int, shape: ModelSh
 def memory_per_worker(config: Config, shape: ModelShape, *, tokens: int, num_forget: int) -> tuple[MemoryItem, ...]:
     """The formulas at the top of this file, for `tokens` padded tokens in a micro-batch."""
     engine = config.engine
-    sharded = engine.name == "fsdp"
     compute = COMPUTE_BYTES[engine.precision]
-    own = -(-shape.num_params // engine.num_workers) if sharded else shape.num_params
     width, inner, blocks = shape.hidden_size, shape.intermediate_size, shape.num_blocks
     one_block = compute * tokens * (8 * width + 3 * inner)
     saved = blocks * compute * tokens * width + one_block if engine.gradient_checkpointing else blocks * one_block
     items = [
-        MemoryItem("weights (fp32)", FP32 * own),
-        MemoryItem("gradients (fp32)", FP32 * own),
-        MemoryItem(f"optimizer state ({config.optimizer.state_tensors} x fp32)", FP32 * own * config.optimizer.state_tensors),
+        *(_zero_items if engine.name == "deepspeed" else _own_items)(engine, shape, num_states=config.optimizer.state_tensors),
         MemoryItem("activations", saved),
         MemoryItem("logits (at most)", tokens * shape.vocab_size * (compute + 2 * FP32)),
     ]
-    if sharded:
-        whole = 2 * compute * shape.root_params + (3 * compute + FP32) * shape.block_params
-        items.insert(3, MemoryItem("unsharded for a moment", whole))
-    elif engine.precision == "bf16":
-        items.insert(3, MemoryItem("bf16 copy of the weights", compute * shape.num_params))
     if needs_reference(config.method):
         items.append(MemoryItem("reference log-probabilities", REFERENCE_BYTES * num_forget))
     return tuple(items)
+
+
+def _own_items(engine: EngineConfig, shape: ModelShape, *, num_states: int) -> list[MemoryItem]:
+    """Weights, gradients and states of single, ddp and fsdp."""
+    sharded = engine.name == "fsdp"
+    compute = COMPUTE_BYTES[engine.precision]
+    own = -(-shape.num_params // engine.num_workers) if sharded else shape.num_params
+    on_cpu = engine.offload is not None
+    items = [
+        MemoryItem("weights (fp32)", FP32 * own, on_cpu),
+        MemoryItem("gradients (fp32)", FP32 * own, on_cpu),
+        MemoryItem(f"optimizer state ({num_states} x fp32)", FP32 * own * num_states, on_cpu),
+    ]
+    if sharded:
+        items.append(MemoryItem("unsharded for a moment", 2 * compute * shape.root_params + (3 * compute + FP32) * shape.block_params))
+    elif engine.precision == "bf16":
+        items.append(MemoryItem("bf16 copy of the weights", compute * shape.num_params))
+    return items
+
+
+def _zero_items(engine: EngineConfig, shape: ModelShape, *, num_states: int) -> list[MemoryItem]:
+    """Weights, gradients and states of ZeRO."""
+    compute, stage = COMPUTE_BYTES[engine.precision], engine.stage
+    whole, own = shape.num_params, -(-shape.num_params // engine.num_workers)
+    off_states, off_weights = engine.offload is not None, engine.offload == "all"
+    items = [
+        MemoryItem(f"weights ({engine.precision})", compute * (own if stage == 3 else whole), off_weights),
+        MemoryItem("weights (fp32)", FP32 * own, off_states),
+        MemoryItem(f"optimizer state ({num_states} x fp32)", FP32 * own * num_states, off_states),
+    ]
+    if stage == 1:
+        items.append(MemoryItem("gradients", compute * whole))
+        summed = FP32 * (own if engine.precision == "fp32" else whole)
+        items.append(MemoryItem("gradients (fp32), summed", summed, off_states))
+        return items
+    items.append(MemoryItem("gradients (fp32)", FP32 * own, off_states))
+    items.append(MemoryItem("gradients of a step", FP32 * (own if stage == 2 else min(own, SUB_GROUP)), off_states))
+    items.append(MemoryItem("buckets", 2 * compute * BUCKET))
+    if stage == 3:
+        items.append(MemoryItem("unsharded for a moment", compute * min(whole, MAX_LIVE)))
+    return items
 
 
 def _padded(length: int, multiple: int = 8) -> int:

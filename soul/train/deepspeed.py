@@ -33,6 +33,9 @@ from soul.train.zero import Share, flat_partitions, full_states, gather, named_f
 
 NEVER = 2**31
 
+# Elements: of a reduction or gather, of the part of a stage-3 shard that is stepped at once, and of whole weights at a time in stage 3.
+BUCKET, SUB_GROUP, MAX_LIVE = 50_000_000, 10**9, 10**9
+
 
 class DeepSpeedEngine:
     """One rank of ZeRO. The process group exists already.
@@ -161,6 +164,8 @@ def zero_settings(config: EngineConfig, *, has_gpu: bool) -> dict[str, Any]:
     """DeepSpeed's configuration of `config`."""
     place = {"device": "cpu", "pin_memory": has_gpu}
     zero: dict[str, Any] = {"stage": config.stage, "round_robin_gradients": False}
+    zero |= {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
+    zero |= {"sub_group_size": SUB_GROUP, "stage3_max_live_parameters": MAX_LIVE, "stage3_max_reuse_distance": MAX_LIVE}
     if config.offload is not None:
         zero["offload_optimizer"] = place
     if config.offload == "all":

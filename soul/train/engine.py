@@ -33,8 +33,8 @@ class EngineConfig(BaseModel):
     precision: Precision = Field("fp32", description="compute precision; weights, gradients and optimizer state stay fp32")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, more time")
     max_grad_norm: float | None = Field(1.0, gt=0, description="clip the global gradient norm to this; null: no clipping")
-    zero_stage: Literal[1, 2, 3] | None = Field(
-        None, description="what deepspeed shards: optimizer state (1), gradients too (2), weights too (3) (null: 3)"
+    zero_stage: int | None = Field(
+        None, ge=1, le=3, description="what deepspeed shards: optimizer state (1), gradients too (2), weights too (3) (null: 3)"
     )
     offload: Literal["optimizer", "all"] | None = Field(
         None, description="keep this in CPU memory: optimizer (deepspeed) or weights too: all (fsdp, deepspeed stage 3) (null: nothing)"
