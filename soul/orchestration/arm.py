@@ -15,6 +15,7 @@ from soul.orchestration.progress import Display
 from soul.orchestration.reference import reference_logps
 from soul.orchestration.train import fit
 from soul.rundir import RunDir, digest
+from soul.train.engine import PLACEMENT
 from soul.train.job import JobResult, TrainJob
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", None: None}
@@ -26,8 +27,9 @@ def unlearn(
     """Train one arm to its end, or return what a finished one measured. `fit` runs the job: as a Ray Train run, unless told otherwise."""
     run = RunDir(Path(config.output).resolve())
     splits = trained_splits(config)
-    settings = config.model_dump(mode="json", include={"method", "optimizer", "train", "engine"})
-    key = digest([settings, target.key, [stores[split].name for split in splits]])
+    settings = config.model_dump(mode="json", include={"method", "optimizer", "train"})
+    computed = config.engine.model_dump(mode="json", exclude=set(PLACEMENT))  # a run can be resumed on other workers
+    key = digest([settings, computed, target.key, [stores[split].name for split in splits]])
     done: dict[str, Any] | None = run.finished("train", key)
     title = f"{TITLES[config.method.name]} with {config.optimizer.name}"
     if done is not None:

@@ -10,6 +10,7 @@ from soul.config import Config
 from soul.preflight import check_output
 from soul.records import InputError
 from soul.rundir import RunDir, digest, write_atomically
+from soul.train.engine import PLACEMENT
 
 # Where a run lies and how it is watched does not make it another run.
 _INCIDENTAL = {"output", "cache", "address", "resume", "progress", "verbose"}
@@ -42,11 +43,17 @@ def check_claim(config: Config) -> None:
             raise InputError(f"--resume: {config.output} holds no run to continue. Remove --resume, or correct --output.")
         return
     ours, theirs = _settings(config), json.loads(folder.config.read_text())
+    if config.resume:
+        ours, theirs = _without_placement(ours), _without_placement(theirs)
     other = sorted(key for key in {*ours, *theirs} - _INCIDENTAL if ours.get(key) != theirs.get(key))
     if other and _has_begun(folder):
-        raise InputError(
-            f"{config.output} holds another run: its {', '.join(other)} settings differ. Choose another --output, or delete that folder."
+        moved = {*other} == {"engine"} and _without_placement(ours) == _without_placement(theirs)
+        instead = (
+            "--resume continues it on this engine, or choose another --output."
+            if moved
+            else "Choose another --output, or delete that folder."
         )
+        raise InputError(f"{config.output} holds another run: its {', '.join(other)} settings differ. {instead}")
 
 
 def claim(config: Config) -> None:
@@ -67,12 +74,19 @@ def mark_done(config: Config, inputs: Any) -> None:
 
 
 def _key(config: Config, inputs: Any) -> str:
-    return digest([{name: value for name, value in _settings(config).items() if name not in _INCIDENTAL}, inputs])
+    settings = _without_placement(_settings(config))
+    return digest([{name: value for name, value in settings.items() if name not in _INCIDENTAL}, inputs])
 
 
 def _settings(config: Config) -> dict[str, Any]:
     settings: dict[str, Any] = json.loads(config.model_dump_json())
     return settings
+
+
+def _without_placement(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without what may change when a run is resumed: where it lives."""
+    engine = {name: value for name, value in settings.get("engine", {}).items() if name not in PLACEMENT}
+    return {**settings, "engine": engine}
 
 
 def _has_begun(folder: RunDir) -> bool:

@@ -17,11 +17,11 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig
 from ray.train.torch import TorchConfig
 
 from soul.orchestration.stream import ray_steps
-from soul.train.engine import Engine
+from soul.train.engine import Engine, EngineConfig
 from soul.train.engines import make_engine
 from soul.train.job import JobResult, TrainJob, run_job
 from soul.train.loop import NonFiniteLoss, Progress
@@ -29,6 +29,7 @@ from soul.train.loop import NonFiniteLoss, Progress
 # Ray chooses the V2 classes at import; what type checkers see under these names is V1's.
 TorchTrainer: Any = ray.train.torch.TorchTrainer
 RunConfig: Any = ray.train.RunConfig
+ScalingConfig: Any = ray.train.ScalingConfig
 
 OnProgress = Callable[[int, int], None]
 
@@ -77,26 +78,30 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         return {"error": str(error)}
 
 
-def fit(job: TrainJob, *, name: str, max_failures: int = 2, on_progress: OnProgress | None = None) -> JobResult:
-    """Run `job` to its end, continuing from its last checkpoint if it has one.
+def fit(job: TrainJob, *, name: str, on_progress: OnProgress | None = None) -> JobResult:
+    """Run `job` to its end, continuing from its last checkpoint if it has one, whatever engine and workers wrote that.
 
     Raises:
         TrainingStopped: a loss became NaN or infinite.
         ray.train.TrainingFailedError: workers failed more than `max_failures` times.
     """
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= job.engine.num_workers
-    threads = max(1, (torch.get_num_threads() if job.engine.num_workers == 1 else 1)) if use_gpu else 1
+    engine = job.engine
+    least = engine.min_workers or engine.num_workers
+    use_gpu = ray.cluster_resources().get("GPU", 0) >= least
+    threads = max(1, (torch.get_num_threads() if engine.num_workers == 1 else 1)) if use_gpu else 1
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job, "threads": threads},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=600),
+        torch_config=TorchConfig(backend=_backend(engine, use_gpu=use_gpu), timeout_s=600),
         scaling_config=ScalingConfig(
-            num_workers=job.engine.num_workers, use_gpu=use_gpu, resources_per_worker=None if use_gpu else {"CPU": 1}
+            num_workers=engine.num_workers if least == engine.num_workers else (least, engine.num_workers),
+            use_gpu=use_gpu,
+            resources_per_worker=None if use_gpu else {"CPU": 1},
         ),
         run_config=RunConfig(
             name=name,
             storage_path=str(Path(job.run_dir).resolve() / "checkpoints"),
-            failure_config=FailureConfig(max_failures=max_failures),
+            failure_config=FailureConfig(max_failures=engine.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=job.train.keep_checkpoints),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
@@ -107,6 +112,13 @@ def fit(job: TrainJob, *, name: str, max_failures: int = 2, on_progress: OnProgr
     if "error" in value:
         raise TrainingStopped(value["error"])
     return JobResult(**value)
+
+
+def _backend(engine: EngineConfig, *, use_gpu: bool) -> str:
+    """What ranks talk through. Weights in CPU memory need a way of their own."""
+    if not use_gpu:
+        return "gloo"
+    return "nccl" if engine.offload is None else "cpu:gloo,cuda:nccl"
 
 
 def _beside(call: Callable[[], Any]) -> Any:

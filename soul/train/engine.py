@@ -20,6 +20,9 @@ BuildModel = Callable[[], nn.Module]
 BuildOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 Precision = Literal["fp32", "bf16"]
 
+# What says where a run lives and not what it computes: it may be another each time the run is resumed.
+PLACEMENT = frozenset({"name", "num_workers", "min_workers", "max_failures", "zero_stage", "offload", "gradient_checkpointing"})
+
 
 class EngineConfig(BaseModel):
     """Where the model lives while it trains."""
@@ -39,6 +42,23 @@ class EngineConfig(BaseModel):
     offload: Literal["optimizer", "all"] | None = Field(
         None, description="keep this in CPU memory: optimizer (deepspeed) or weights too: all (fsdp, deepspeed stage 3) (null: nothing)"
     )
+
+    min_workers: int | None = Field(
+        None, ge=1, description="go on with as few workers as this when a node is lost, and with more when it is back (null: num_workers)"
+    )
+    max_failures: int = Field(2, ge=0, description="how often failed workers are started again, from the last checkpoint")
+
+    @model_validator(mode="after")
+    def _workers_that_may_be_lost(self) -> Self:
+        if self.min_workers is None:
+            return self
+        if self.name == "single":
+            raise ValueError("min_workers belongs to engines of several workers, got single. Remove engine.min_workers (--min-workers).")
+        if self.min_workers > self.num_workers:
+            raise ValueError(
+                f"min_workers must be at most num_workers {self.num_workers}, got {self.min_workers}. Lower engine.min_workers."
+            )
+        return self
 
     @model_validator(mode="after")
     def _sharding_of_the_engine(self) -> Self:

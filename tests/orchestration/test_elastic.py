@@ -1,0 +1,97 @@
+"""A run goes on where it has room: with another number of workers, on another engine, from the checkpoint it has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.train import TrainingFailedError
+
+from soul.config import Config
+from soul.orchestration.claim import check_claim, claim
+from soul.orchestration.train import fit
+from soul.records import InputError
+from soul.train.engine import EngineConfig
+from soul.train.engines import make_engine
+from soul.train.job import TrainJob, run_job
+from tests.orchestration.mini import Finished
+from tests.orchestration.test_faults import STEPS, TRAIN, children
+
+SHORT = [{"name": "fsdp", "num_workers": 2}, {"name": "deepspeed", "num_workers": 1, "zero_stage": 2}]
+LONG = [*SHORT, {"name": "single"}, {"name": "ddp", "num_workers": 2}, {"name": "deepspeed", "num_workers": 2}]
+
+
+def losses(run: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return {row["step"]: row["loss"] for row in rows}
+
+
+def killed_at(job: TrainJob, step: int) -> None:
+    """Run the job until a worker is killed behind `step`; no worker is started again."""
+
+    def kill(now: int, _: int) -> None:
+        if now >= step:
+            for process in children("RayTrainWorker")[:1]:
+                process.kill()
+
+    with pytest.raises(TrainingFailedError):
+        fit(job, name="elastic", on_progress=kill)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("engines", [SHORT, pytest.param(LONG, marks=pytest.mark.slow)], ids=["2 -> 1", "2 -> 1 -> 1 -> 2 -> 2"])
+def test_a_run_changes_engines_and_workers_on_its_way(engines: list[Mapping[str, Any]], finished: Finished, tmp_path: Path) -> None:
+    made = finished.jobs["adamw"]
+    job = replace(made, train=made.train.model_copy(update=TRAIN))
+    straight = replace(job, run_dir=str(tmp_path / "straight"), export=str(tmp_path / "straight" / "model"))
+    run_job(straight, make_engine(job.engine, rank=0, world=1, local_rank=0), resume_from=None, save_checkpoint=lambda *_: None)
+
+    run = tmp_path / "moved"
+    moved = replace(job, run_dir=str(run), export=str(run / "model"))
+    for i, engine in enumerate(engines[:-1]):
+        killed_at(replace(moved, engine=EngineConfig(**engine, max_failures=0)), 40 + 45 * i)
+        assert not (run / "model").exists(), "the run ended before its worker was killed"
+    result = fit(replace(moved, engine=EngineConfig(**engines[-1])), name="elastic")
+    assert result.steps == STEPS
+    assert losses(run) == pytest.approx(losses(tmp_path / "straight"), rel=0.01)
+
+
+def config(folder: Path, **values: Any) -> Config:
+    return Config.model_validate({"output": str(folder / "run"), **values})
+
+
+def begun(folder: Path) -> None:
+    claim(config(folder, engine={"name": "fsdp", "num_workers": 2}))
+    (folder / "run" / ".stages").mkdir()
+
+
+def test_resuming_may_move_a_run(tmp_path: Path) -> None:
+    begun(tmp_path)
+    with pytest.raises(InputError, match=r"its engine settings differ\. --resume continues it on this engine"):
+        check_claim(config(tmp_path, engine={"name": "deepspeed", "zero_stage": 1}))
+    check_claim(config(tmp_path, engine={"name": "deepspeed", "zero_stage": 1}, resume=True))
+
+
+@pytest.mark.parametrize("values", [{"engine": {"precision": "bf16"}}, {"train": {"seed": 1}}, {"engine": {"max_grad_norm": None}}])
+def test_resuming_may_not_change_what_is_computed(values: dict[str, Any], tmp_path: Path) -> None:
+    begun(tmp_path)
+    with pytest.raises(InputError, match=r"settings differ\. Choose another --output"):
+        check_claim(config(tmp_path, resume=True, **values))
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ({"min_workers": 1}, "min_workers belongs to engines of several workers, got single"),
+        ({"name": "fsdp", "num_workers": 2, "min_workers": 3}, "min_workers must be at most num_workers 2, got 3"),
+    ],
+)
+def test_bounds_without_a_meaning_are_refused(engine: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(**engine)
