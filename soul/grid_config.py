@@ -92,6 +92,8 @@ class GridConfig(BaseModel):
                     )
         if self.preset != "paper" and self.learning_rate_scale != 1.0:
             raise ValueError("learning_rate_scale belongs to the paper preset. Remove it, or set preset (--preset) to paper.")
+        if self.search == "asha" and self.runs_alone:
+            raise ValueError("an asha search needs runs that share processes. Remove isolated, and use the engine single.")
         for cell, choices in self.cells().items():
             try:
                 self.run_config(Trial(cell, choices[0], self.train.seed))
@@ -100,6 +102,11 @@ class GridConfig(BaseModel):
                 place = ".".join(str(part) for part in first["loc"])
                 raise ValueError(f"the runs of {cell.slug} are not possible: {place} {first['msg']}") from None
         return self
+
+    @property
+    def runs_alone(self) -> bool:
+        """Whether every run is a Ray Train run of its own: where asked for, and where ranks have to find each other."""
+        return self.isolated or self.engine.num_workers > 1 or self.engine.name != "single"
 
     def cells(self) -> dict[Cell, list[Choice]]:
         """Every cell with the choices of settings that it tries."""

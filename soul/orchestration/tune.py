@@ -70,8 +70,7 @@ class Planned:
 
 
 def plan(config: GridConfig) -> list[Planned]:
-    isolated = config.isolated or config.engine.num_workers > 1
-    return [Planned(trial, config.run_config(trial), isolated) for trial in config.all_trials()]
+    return [Planned(trial, config.run_config(trial), config.runs_alone) for trial in config.all_trials()]
 
 
 def run_grid(config: GridConfig) -> list[Planned]:
