@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from soul.batch import TokenRow, collate
-from soul.models.scoring import answer_logits
+from soul.models.scoring import answer_logits, chunks
 
 _PAD_TO: Final = 8  # collate rounds a batch's length up to this
-_CHUNK: Final = 256  # answer tokens whose (V,) distributions exist in fp32 at once
 _MIN_STD: Final = 1e-6  # nats; a distribution on one token has no spread to standardise by
 
 
@@ -65,9 +64,7 @@ def score_batch(model: nn.Module, rows: Sequence[TokenRow], *, pad_id: int, devi
     with torch.no_grad():  # inference mode would leave FSDP with parameters that cannot be trained on
         logits_NV = answer_logits(model, batch)
         targets_N = batch.targets_N
-        statistics = [
-            _token_statistics(logits_NV[start : start + _CHUNK], targets_N[start : start + _CHUNK]) for start in _starts(targets_N)
-        ]
+        statistics = [_token_statistics(*chunk) for chunk in chunks(logits_NV, targets_N)]
     counts = [row.num_supervised for row in rows]
     if not sum(counts):
         return [AnswerScore((), (), ()) for _ in rows]
@@ -78,10 +75,6 @@ def score_batch(model: nn.Module, rows: Sequence[TokenRow], *, pad_id: int, devi
     ]
 
 
-def _starts(targets_N: Tensor) -> range:
-    return range(0, len(targets_N), _CHUNK)
-
-
 def _token_statistics(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     """log p of the target, whether it is the arg-max, and its standardised log p, stacked to (3, N), in fp32 or better."""
     correct_N = logits_NV.argmax(-1) == targets_N
@@ -89,9 +82,9 @@ def _token_statistics(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     logps_NV = logits_NV.log_softmax(-1)
     picked_N = logps_NV.gather(-1, targets_N[:, None])[:, 0]
     probs_NV = logps_NV.exp()
-    bounded_NV = logps_NV.clamp_min(-1e15)  # a masked token has p = 0 and log p = -inf, whose product would be NaN
+    bounded_NV = logps_NV.clamp_min_(-1e15)  # a masked token has p = 0 and log p = -inf, whose product would be NaN
     mean_N = (probs_NV * bounded_NV).sum(-1)
-    variance_N = (probs_NV * (bounded_NV - mean_N[:, None]).square()).sum(-1)
+    variance_N = bounded_NV.sub_(mean_N[:, None]).square_().mul_(probs_NV).sum(-1)
     standardised_N = (picked_N - mean_N) / variance_N.sqrt().clamp_min(_MIN_STD)
     return torch.stack([picked_N, correct_N.to(picked_N.dtype), standardised_N])
 

@@ -86,8 +86,7 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-        chunks = list(_chunks(logits_NV, targets_N))
-        normalisers_N = torch.cat([_wide(logits_CV).logsumexp(-1) for logits_CV, _ in chunks])
+        normalisers_N = torch.cat([_wide(logits_CV).logsumexp(-1) for logits_CV, _ in chunks(logits_NV, targets_N)])
         ctx.save_for_backward(logits_NV, targets_N, normalisers_N)
         picked_N = _wide(logits_NV.gather(-1, targets_N[:, None])[:, 0])
         return picked_N - normalisers_N
@@ -97,7 +96,7 @@ class _TokenLogps(torch.autograd.Function):
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None]:
         logits_NV, targets_N, normalisers_N = ctx.saved_tensors
         gradient_NV = torch.empty_like(logits_NV)
-        for logits_CV, targets_C, normalisers_C, grad_C, gradient_CV in _chunks(logits_NV, targets_N, normalisers_N, grad_N, gradient_NV):
+        for logits_CV, targets_C, normalisers_C, grad_C, gradient_CV in chunks(logits_NV, targets_N, normalisers_N, grad_N, gradient_NV):
             probs_CV = (_wide(logits_CV) - normalisers_C[:, None]).exp_().mul_(-grad_C[:, None])
             gradient_CV.copy_(probs_CV.scatter_add_(-1, targets_C[:, None], grad_C[:, None]))
         return gradient_NV, None
@@ -107,7 +106,7 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
-def _chunks(logits_NV: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def chunks(logits_NV: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Pieces of equally long tensors whose logits fit a CPU's cache, or are worth a kernel of a GPU."""
     numel = 2**26 if logits_NV.is_cuda else 2**17
     length = max(1, numel // logits_NV.shape[1])
