@@ -236,6 +236,8 @@ class Config(_Section):
             raise ValueError(f"twin must be another optimizer than {self.optimizer.name}. Choose one of {_others(self.optimizer.name)}.")
         if self.twin_learning_rate is not None and self.twin is None:
             raise ValueError("twin_learning_rate needs a twin, got none. Set twin (--twin) as well.")
+        if self.train.lora_rank is not None and self.engine.name == "deepspeed" and self.engine.precision != "fp32":
+            raise ValueError("lora_rank under deepspeed in bf16 would round the weights it adds to. Choose engine fsdp, or precision fp32.")
         if self.benchmark == "own" and self.model.path is None:
             raise ValueError("own data needs a model that has seen it, got none. Set model.path (--model) to a folder or a hub id.")
         return self

@@ -23,6 +23,9 @@ class TrainConfig(BaseModel):
     save_every: int = Field(1, ge=0, description="epochs between resumable checkpoints (0: only the last step)")
     keep_checkpoints: int = Field(2, ge=1, description="resumable checkpoints kept")
     telemetry_every: int = Field(5, ge=1, description="steps between measurements of unclipped fraction and update norm")
+    lora_rank: int | None = Field(
+        None, ge=1, description="train adapters of this rank on the blocks' linear layers, with peft, instead of all weights (null: all)"
+    )
     bucket_window: int = Field(8, ge=1, description="steps whose rows are bucketed by length together (1: no bucketing)")
 
     def total_steps(self, steps_per_epoch: int) -> int:

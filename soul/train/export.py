@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from soul.models.load import save_model
 from soul.train.engine import unwrap
+from soul.train.lora import merged
 
 Gather = Callable[[Tensor], Tensor]
 
@@ -23,9 +24,10 @@ def export_model(folder: Path, model: nn.Module, *, tokenizer: Any, dtype: torch
 
 def export_weights(folder: Path, model: nn.Module, whole: Gather, *, tokenizer: Any, dtype: torch.dtype | None, is_writer: bool) -> None:
     """As `export_model`, for an unwrapped model whose tensors `whole` makes whole."""
-    weights = whole_weights(model, whole, keep=is_writer, dtype=dtype)
+    adapted = any(".lora_" in name for name, _ in model.named_parameters())
+    weights = whole_weights(model, whole, keep=is_writer, dtype=None if adapted else dtype)  # adapters are added before rounding
     if is_writer:
-        save_model(folder, model, tokenizer, state=weights, dtype=dtype)  # type: ignore[arg-type]
+        save_model(folder, model, tokenizer, state=merged(weights, model), dtype=dtype)  # type: ignore[arg-type]
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from soul.rundir import write_atomically
 from soul.train.config import TrainConfig
 from soul.train.engine import Engine, EngineConfig
 from soul.train.loop import Hooks, Progress, train
+from soul.train.lora import add_adapters
 from soul.train.probe import probe_splits
 
 SaveCheckpoint = Callable[[Engine, Progress], None]
@@ -89,9 +90,11 @@ def run_job(
     total = job.train.total_steps(plan.steps_per_epoch)
 
     def build_model() -> nn.Module:
-        return load_model(job.model, revision=job.revision, trust_remote_code=job.trust_remote_code)
+        model = load_model(job.model, revision=job.revision, trust_remote_code=job.trust_remote_code)
+        return model if job.train.lora_rank is None else add_adapters(model, job.train.lora_rank, seed=job.train.seed)
 
-    engine.prepare(build_model, lambda model: job.optimizer.build(model.named_parameters()))
+    eager_state = engine.config.name != "deepspeed"  # which replaces the parameters
+    engine.prepare(build_model, lambda model: job.optimizer.build(model.named_parameters(), eager_state=eager_state))
     progress = Progress()
     if resume_from is not None:
         extra = engine.load(resume_from)

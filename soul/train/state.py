@@ -27,12 +27,19 @@ EXTRA = "extra.json"
 def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Every tensor a run needs to continue: parameters, buffers kept in checkpoints, and the optimizer's state."""
     inner = unwrap(model)
-    tensors = {f"model/{name}": value for name, value in inner.state_dict(keep_vars=False).items() if isinstance(value, Tensor)}
+    found = inner.state_dict(keep_vars=True).items()
+    kept = {name: value for name, value in found if isinstance(value, Tensor) and not _is_frozen(value)}
+    tensors = {f"model/{name}": value.detach() for name, value in kept.items()}
     for name, parameter in inner.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 tensors[f"{key}/{name}"] = value
     return tensors
+
+
+def _is_frozen(value: Tensor) -> bool:
+    """A parameter that is not trained; the model that a run starts from has it."""
+    return isinstance(value, nn.Parameter) and not value.requires_grad
 
 
 def materialise_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor] | None = None) -> None:
