@@ -70,6 +70,6 @@ def _limits(table: Table) -> Iterator[str]:
     for model in table.models:
         start = table.reference(model, "target").get(f"forget.{table.metric}")
         if start is not None and start < WEAK_TARGET:
-            yield f"The target {model} itself reproduces only {percent(start)} of the forget rows: train it longer, there is little to forget."
+            yield f"The target {model} itself reproduces only {percent(start)} of the forget rows: train it longer (--prepare-epochs)."
     if len(seeds) < 3:
         yield f"{len(seeds)} seed(s): seed noise is as large as the gaps between methods; run at least 3 before ranking anything."

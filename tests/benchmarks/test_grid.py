@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 
 from soul.benchmarks.grid import OWN_CHOICES, TINY_MODELS, Cell, Choice, Trial, cells_of, grid_choices, halton, random_choices, trials_of
 from soul.benchmarks.objective import cheap_objective, objective
 from soul.benchmarks.presets import PAPER_CHOICES, PRESETS, paper_cells
+from soul.cli import BAD_INPUT, DONE, run_command
 from soul.config import Config
 from soul.grid_config import GridConfig
 from soul.objectives.methods import METHODS
@@ -82,7 +84,7 @@ def test_more_trials_only_add_points() -> None:
 
 def test_random_points_fill_the_range_evenly_in_the_logarithm() -> None:
     rates = sorted(float(choice.optimizer["learning_rate"]) for choice in random_choices(Cell("t", "npo", "adamw"), 63, **RANGES))
-    assert 1e-5 <= rates[0] and rates[-1] <= 1e-3
+    assert rates[0] >= 1e-5 and rates[-1] <= 1e-3
     assert abs(sum(rate < 1e-4 for rate in rates) - 31.5) <= 1
     assert halton(1, 2) == 0.5 and halton(6, 2) == 0.375 and halton(5, 3) == pytest.approx(7 / 9)
 
@@ -188,3 +190,34 @@ def test_a_choice_says_what_it_is() -> None:
     choice = Choice({"retain_weight": 2.0}, {"learning_rate": 1.234e-4})
     assert choice.words == "learning_rate 0.000123, retain_weight 2" and len(choice.key) == 6
     assert Trial(Cell("tiny", "npo", "adamw"), choice, 3).id == f"tiny-npo-adamw-{choice.key}-s3"
+
+
+# command line
+
+
+def test_a_dry_run_lists_the_runs_and_flags_win_over_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--preset", "equal", "--methods", "ga,npo", "--trials", "3", "--models", "tiny-s,tiny", "--seeds", "2", "--dry-run"]
+    assert run_command("grid", words) == DONE
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 2 * 4 * 2 * 3 * 2 and lines[0].startswith("96 runs of 16 cells in runs/equal")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--methods", "npoo"], "npoo"),
+        (["--optimizer", "adamw"], "--optimizers"),
+        (["--seeds", "0"], "--seeds"),
+        (["--preset", "papers"], "paper"),
+        (["--trials", "4", "--search", "asha", "--isolated"], "asha"),
+    ],
+)
+def test_bad_flags_are_told_in_a_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("grid", words) == BAD_INPUT
+    error = capsys.readouterr().err
+    assert told in error and "Traceback" not in error
+
+
+def test_a_report_without_a_run_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("grid", ["--report", "--output", str(tmp_path)]) == BAD_INPUT
+    assert "no finished trial" in capsys.readouterr().err

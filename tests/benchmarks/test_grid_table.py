@@ -1,0 +1,347 @@
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from soul.benchmarks.aggregate import Table, front_of, select, tabulate
+from soul.benchmarks.fronts import bootstrap_interval, deepest_shared_level, kept_at, pareto_front
+from soul.benchmarks.grid import Cell, Choice, Trial
+from soul.benchmarks.outcomes import CRASHED, FAILED, MARK_KEY, STOPPED, Outcome, half_of, read_outcome
+from soul.benchmarks.paired import paired_difference
+from soul.evaluate.eval_log import EvalLog, SplitLog
+from soul.evaluate.score import score
+from soul.evaluate.tofu_log import AGGREGATED, write_tofu_log
+from soul.records import InputError
+from soul.report.grid_build import build_grid_report, compose_grid, show_grid
+from soul.report.grid_paper import PAPER_HEAD, PAPER_TABLE_2, our_table_2, our_table_6
+from soul.report.grid_tables import difference_words, latex_grid, latex_text, main_grid, sort_key, trials_csv
+from soul.rundir import RunDir, write_json
+
+TARGET = {"forget.rougeL_recall": 1.0, "retain.rougeL_recall": 1.0, "forget.probability": 0.9, "retain.probability": 0.9}
+
+
+def outcome(optimizer: str, rate: float, seed: int, forget: float, retain: float, *, method: str = "npo", **changes: Any) -> Outcome:
+    """A finished trial whose validation and report halves agree unless `validation` says otherwise."""
+    trial = Trial(Cell("tiny", method, optimizer), Choice({}, {"learning_rate": rate}), seed)
+    values = {"forget.rougeL_recall": forget, "retain.rougeL_recall": retain, "forget.probability": forget, "retain.probability": retain}
+    epochs = tuple(
+        {"epoch": e, "step": e, "forget": {"exact_memorization": x}, "retain": {"exact_memorization": y}}
+        for e, x, y in ((0, 1.0, 1.0), (1, (1 + forget) / 2, (1 + retain) / 2), (2, forget, retain))
+    )
+    made = {
+        "validation": values,
+        "values": values,
+        "target": TARGET,
+        "retrained": {"forget.rougeL_recall": 0.05},
+        "epochs": epochs,
+        "cost": {"train_s": 2.0, "eval_s": 1.0, "peak_memory_bytes": None},
+        "sizes": {"forget": 20, "retain": 40},
+        "benchmark": "tofu/forget05",
+    }
+    return Outcome(trial, "done", **{**made, **changes})
+
+
+# fronts
+
+
+def dominated(point: tuple[float, float], others: list[tuple[float, float]]) -> bool:
+    return any(x <= point[0] and y >= point[1] and (x, y) != point for x, y in others)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 7, 50])
+def test_a_front_is_exactly_the_points_that_nothing_dominates(number: int) -> None:
+    drawn = np.random.default_rng(number).integers(0, 8, size=(number, 2)) / 8  # with ties and doubles
+    points = [(float(x), float(y)) for x, y in drawn]
+    front = pareto_front(points)
+    assert set(front) == {point for point in points if not dominated(point, points)}
+    assert front == sorted(front, reverse=True) and len(set(front)) == len(front)
+
+
+def test_a_front_is_read_between_its_points_and_not_below_its_deepest() -> None:
+    front = [(1.0, 1.0), (0.5, 0.9), (0.2, 0.5)]
+    assert kept_at(front, 0.35) == pytest.approx(0.7)
+    assert kept_at(front, 0.2) == 0.5 and kept_at(front, 1.0) == 1.0
+    assert kept_at(front, 0.19) is None and kept_at([], 0.5) is None
+    assert kept_at([(0.2, 0.5)], 0.8) == 0.5
+
+
+def test_the_shared_level_is_one_that_every_front_reaches() -> None:
+    fronts = [[(1.0, 1.0), (0.1, 0.2)], [(0.9, 1.0), (0.3, 0.8)]]
+    level = deepest_shared_level(fronts)
+    assert level == 0.3 and all(kept_at(front, level) is not None for front in fronts)
+    assert deepest_shared_level([]) is None and deepest_shared_level([[], [(1.0, 1.0)]]) is None
+
+
+def test_the_bootstrap_interval_is_the_exact_one_of_all_resamples() -> None:
+    values = [0.1, 0.4, 0.45, 0.9]
+    exact = np.percentile([np.mean(drawn) for drawn in itertools.product(values, repeat=4)], [2.5, 97.5])
+    assert bootstrap_interval(values) == pytest.approx(tuple(exact), abs=0.02)
+    assert bootstrap_interval(values) == bootstrap_interval(values)
+    assert bootstrap_interval([0.5]) is None and bootstrap_interval([0.5, 0.5]) == (0.5, 0.5)
+
+
+# outcomes
+
+
+def eval_log(num_rows: int, *, offset: float = 0.0) -> EvalLog:
+    rows = range(num_rows)
+
+    def split(shift: float) -> SplitLog:
+        return SplitLog(
+            tuple(map(str, rows)),
+            answer_nll=tuple(0.1 * (i + 1) + shift for i in rows),
+            right_nll=tuple(0.2 * (i + 1) + shift for i in rows),
+            wrong_nlls=tuple((1.0 + 0.05 * i, 2.0 - 0.01 * i, 1.5 + shift) for i in rows),
+            rougeL_recall=tuple((i % 5) / 5 for i in rows),
+            exact_memorization=tuple((i % 3) / 3 for i in rows),
+            attacks={"loss": tuple(0.1 * i for i in rows)},
+        )
+
+    return EvalLog("a model", {"forget": split(offset), "retain": split(0.5 + offset), "world_facts": split(0.2)})
+
+
+@pytest.mark.parametrize("num_rows", [2, 7, 10])
+def test_halves_share_no_row_and_together_are_the_whole(num_rows: int) -> None:
+    log = eval_log(num_rows)
+    first, second = half_of(log, 0), half_of(log, 1)
+    for name in ("forget", "retain"):
+        keys = [set(half.splits[name].keys) for half in (first, second)]
+        assert keys[0] & keys[1] == set() and keys[0] | keys[1] == set(log.splits[name].keys)
+        for half in (first, second):
+            by_key = dict(zip(log.splits[name].keys, log.splits[name].answer_nll or (), strict=True))
+            assert half.splits[name].answer_nll == tuple(by_key[key] for key in half.splits[name].keys)
+            assert len(half.splits[name].attacks["loss"]) == len(half.splits[name].keys)
+    assert first.splits["world_facts"] == log.splits["world_facts"]
+
+
+def write_trial(output: Path, trial: Trial, *, offset: float = 0.3) -> None:
+    run = RunDir(output / "trials" / trial.id)
+    log, gold = eval_log(11, offset=offset), eval_log(11, offset=0.9)
+    write_tofu_log(log, run.logs / AGGREGATED)
+    write_tofu_log(gold, run.logs / "retrained" / AGGREGATED)
+    entry = score(log, retrained=gold).model_entry()
+    models = {"target": score(eval_log(11), retrained=gold).model_entry(), "unlearned": entry, "retrained": score(gold).model_entry()}
+    cost = {"train_s": 1.5, "eval_s": 0.5, "tokens_per_s": 10.0, "peak_memory_bytes": None, "optimizer_state_bytes_per_rank": 8}
+    write_json(run.results, {"models": models, "epochs": [], "cost": cost, "splits": {"forget": 11, "retain": 11}, "benchmark": "tofu/x"})
+
+
+def test_a_trial_is_read_in_halves_from_its_logs(tmp_path: Path) -> None:
+    trial = Trial(Cell("tiny", "npo", "adamw"), Choice(), 0)
+    write_trial(tmp_path, trial)
+    whole = read_outcome(trial, tmp_path / "trials" / trial.id, halved=False)
+    halved = read_outcome(trial, tmp_path / "trials" / trial.id, halved=True)
+    assert whole.validation == whole.values and halved.validation != halved.values
+    for outcome_, rows in ((halved.validation, range(0, 11, 2)), (halved.values, range(1, 11, 2)), (whole.values, range(11))):
+        expected = np.mean([math.exp(-(0.1 * (i + 1) + 0.3)) for i in rows])
+        assert outcome_["forget.probability"] == pytest.approx(expected)
+    assert whole.values["log10_forget_quality"] == pytest.approx(math.log10(whole.values["forget_quality"]))
+    assert whole.cost["train_s"] == 1.5 and whole.retrained["forget.probability"] < whole.values["forget.probability"]
+
+
+def test_a_trial_without_results_says_why(tmp_path: Path) -> None:
+    trial = Trial(Cell("tiny", "npo", "adamw"), Choice(), 0)
+    run = RunDir(tmp_path)
+    assert read_outcome(trial, tmp_path, halved=False).state == "missing"
+    run.finish(STOPPED, MARK_KEY, {"epochs": [{"epoch": 0}, {"epoch": 2}]})
+    stopped = read_outcome(trial, tmp_path, halved=False)
+    assert stopped.state == "stopped" and "epoch 2" in stopped.reason
+    run.finish(CRASHED, MARK_KEY, {"reason": "it broke off"})
+    assert read_outcome(trial, tmp_path, halved=False).reason == "it broke off"
+    run.finish(FAILED, MARK_KEY, {"reason": "the forget loss is not finite"})
+    found = read_outcome(trial, tmp_path, halved=False)
+    assert (found.state, found.reason) == ("failed", "the forget loss is not finite")
+
+
+# selection and comparison
+
+
+def test_selection_looks_at_the_validation_half_only() -> None:
+    liar = outcome("adamw", 1e-3, 0, forget=0.0, retain=1.0, validation={"forget.rougeL_recall": 0.5, "retain.rougeL_recall": 1.0})
+    honest = outcome("adamw", 1e-4, 0, forget=0.6, retain=0.9, validation={"forget.rougeL_recall": 0.4, "retain.rougeL_recall": 1.0})
+    assert select([liar, honest], metric="rougeL_recall", floor=0.9) is honest
+
+
+def test_selection_takes_the_deepest_above_the_floor_else_the_nearest_to_it() -> None:
+    runs = [outcome("adamw", rate, 0, forget, retain) for rate, forget, retain in ((1e-5, 0.9, 1.0), (1e-4, 0.4, 0.92), (1e-3, 0.0, 0.6))]
+    assert select(runs, metric="rougeL_recall", floor=0.9) is runs[1]
+    assert select(runs, metric="rougeL_recall", floor=0.5) is runs[2]
+    assert select(runs[2:], metric="rougeL_recall", floor=0.9) is runs[2]
+    twin = outcome("adamw", 2e-4, 0, 0.4, 0.92)
+    assert select([twin, runs[1]], metric="rougeL_recall", floor=0.9) is runs[1]  # the smaller rate
+    assert select([], metric="rougeL_recall", floor=0.9) is None
+
+
+def two_searches(gap: float = 0.1, noise: float = 0.01) -> list[Outcome]:
+    """AdamW's front is the line retain = 1 - (1 - forget) / 2; Sophia's lies `gap` x depth above it, both with a seed's offset."""
+    found = []
+    for seed, shift in ((0, 0.0), (1, noise), (2, -noise)):
+        for rate, forget in ((1e-4, 0.6), (2e-4, 0.4), (4e-4, 0.2)):
+            found.append(outcome("adamw", rate, seed, forget, 1 - (1 - forget) / 2))
+            found.append(outcome("sophia", rate, seed, forget - 0.1, 1 - (1.1 - forget) / 2 + (gap + shift) * (1.1 - forget)))
+    return found
+
+
+def test_differences_at_equal_forgetting_are_those_of_the_fronts() -> None:
+    table = tabulate(two_searches(), floor=0.5)
+    [found] = table.differences
+    assert (found.cell.optimizer, found.baseline.optimizer, found.metric) == ("sophia", "adamw", "rougeL_recall")
+    assert found.level == pytest.approx(0.2)  # adamw's deepest: sophia reaches further
+    assert found.difference.mean == pytest.approx(0.08, abs=1e-9) and found.difference.num_pairs == 3
+    expected = paired_difference([0.08, 0.088, 0.072], [0.0, 0.0, 0.0])
+    assert (found.difference.low, found.difference.high) == pytest.approx((expected.low, expected.high))
+    assert "outside the noise of 3 seeds" in difference_words(found)
+
+
+def test_a_difference_smaller_than_its_noise_is_printed_as_such() -> None:
+    [found] = tabulate(two_searches(gap=0.002, noise=0.05), floor=0.5).differences
+    assert difference_words(found).endswith("inside the noise")
+
+
+def test_a_single_choice_is_compared_along_its_epochs() -> None:
+    table = tabulate([outcome("adamw", 1e-4, 0, 0.2, 0.6), outcome("sophia", 1e-4, 0, 0.4, 0.8)], floor=0.5)
+    [found] = table.differences
+    assert found.metric == "exact_memorization" and found.level == pytest.approx(0.4)
+    assert found.difference.mean == pytest.approx(0.8 - 0.7) and "one seed, no interval" in difference_words(found)
+    assert front_of(table.rows[0], 0, "exact_memorization", along_epochs=True)[0] == (1.0, 1.0)
+
+
+def test_a_seed_that_failed_is_left_out_and_told() -> None:
+    runs = two_searches()
+    broken = [
+        Outcome(run.trial, "failed", "the forget loss is not finite")
+        if (run.trial.cell.optimizer, run.trial.seed) == ("sophia", 2)
+        else run
+        for run in runs
+    ]
+    table = tabulate(broken, floor=0.5)
+    [found] = table.differences
+    assert found.difference.num_pairs == 2
+    sophia = next(row for row in table.rows if row.cell.optimizer == "sophia")
+    assert len(sophia.selected) == 2 and len(sophia.failures) == 3
+    assert "9, of which 3 failed" in {cell for row in main_grid(table).rows for cell in row}
+
+
+def test_the_row_of_a_cell_holds_mean_spread_interval_trials_and_time() -> None:
+    table = tabulate(two_searches(), floor=0.5)
+    grid = main_grid(table)
+    assert grid.rows[0][0] == "target" and grid.rows[-1][0] == "retrained"
+    cells = dict(zip(grid.head, next(row for row in grid.rows if row[0] == "FO-NPO (adamw)"), strict=True))
+    assert cells["Forget ROUGE-L ↓"] == "0.200 ± 0.000 [0.200, 0.200]"
+    assert (cells["seeds"], cells["trials"], cells["time of all trials"]) == ("3", "9", "27.0\N{NO-BREAK SPACE}s")
+    assert cells["settings"] == "learning_rate 0.0004"
+    assert not [row for row in grid.rows if len(row) != len(grid.head)]
+
+
+def test_cells_below_the_floor_are_marked() -> None:
+    table = tabulate(two_searches(), floor=0.95)
+    assert [row[0] for row in main_grid(table).rows[1:-1]] == ["FO-NPO (adamw) *", "SO-NPO (sophia) *"]
+    page = compose_grid(table, two_searches(), samples=(), command=None)
+    assert any("No cell keeps 95%" in line for line in page.statements)
+
+
+# files
+
+
+def parsed_csv(table: Table) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(trials_csv(table))))
+
+
+def test_the_csv_holds_every_trial_and_marks_the_selected_ones() -> None:
+    runs = two_searches()
+    table = tabulate(runs, floor=0.5)
+    rows = parsed_csv(table)
+    assert {row["trial"] for row in rows} == {run.trial.id for run in runs}
+    chosen = {run.trial.id for row in table.rows for run in row.selected}
+    assert {row["trial"] for row in rows if row["selected"] == "1"} == chosen
+    by_name = {run.trial.id: run for run in runs}
+    assert all(float(row["forget.rougeL_recall"]) == pytest.approx(by_name[row["trial"]].values["forget.rougeL_recall"]) for row in rows)
+
+
+def test_latex_has_as_many_columns_as_it_says_and_escapes_text() -> None:
+    text = latex_grid(main_grid(tabulate(two_searches(), floor=0.5)), label="tab:x")
+    columns = len(re.search(r"begin\{tabular\}\{(l?r+)\}", text)[1])  # type: ignore[index]
+    lines = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert lines and all(line.count(" & ") == columns - 1 for line in lines)
+    assert latex_text("50% of a_b & −1 ± 2") == r"50\% of a\_b \& $-$1 $\pm$ 2"
+    assert not re.search("[↑↓±−–≈]", text)
+
+
+def test_cells_sort_by_the_number_they_begin_with() -> None:
+    assert [
+        sort_key(text) for text in ("0.20 ± 0.1 [0.1, 0.3]", "−3.4", "< −300", "1,250", "–", "learning_rate 1", "9, of which 1 failed")
+    ] == [
+        "0.2",
+        "-3.4",
+        "-300",
+        "1250",
+        "",
+        "",
+        "9",
+    ]
+
+
+def paper_outcomes() -> list[Outcome]:
+    more = {"legacy_self_ks_p": 0.25, "log10_forget_quality": -7.5, "legacy_scrambled_mia_auc": 0.4}
+    made = []
+    for method, optimizer in (("grad_diff", "adamw"), ("grad_diff", "soul_release"), ("npo", "soul_release")):
+        run = outcome(optimizer, 1e-4, 0, 0.3, 0.8, method=method)
+        made.append(outcome(optimizer, 1e-4, 0, 0.3, 0.8, method=method, values={**run.values, **more}))
+    return made
+
+
+def test_the_papers_table_is_printed_beside_ours_with_the_same_names_of_rows() -> None:
+    table = tabulate(paper_outcomes(), floor=0.5)
+    ours = our_table_2(table, "tiny")
+    assert [row[0] for row in ours.rows] == ["Original", "FO-GradDiff", "SO-GradDiff", "SO-NPO", "Retrained"]
+    assert {row[0] for row in ours.rows[:-1]} <= set(PAPER_TABLE_2)
+    cells = dict(zip(ours.head, ours.rows[2], strict=True))
+    assert (cells["self-KS, 1 − p"], cells["FQ, log10 p"], cells["MIA as released"], cells["F-RougeL"]) == (
+        "0.75",
+        "−7.5",
+        "0.4000",
+        "0.3000",
+    )
+    assert all(len(values) == len(PAPER_HEAD) for values in PAPER_TABLE_2.values())
+    cost = our_table_6(table, "tiny")
+    assert (cost.rows[1][2], cost.rows[1][6], cost.rows[2][7]) == ("1.00", "1.00", "89,362 MiB")
+    assert [row[0] for row in cost.rows] == ["FO-GradDiff", "SO-GradDiff", "SO-NPO"]
+
+
+def test_the_whole_report_from_run_directories(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cell, other = Cell("tiny", "npo", "adamw"), Cell("tiny", "npo", "soul_release")
+    choices = [Choice({}, {"learning_rate": rate}) for rate in (1e-4, 2e-4)]
+    trials = [Trial(c, choice, seed) for seed in (0, 1) for c in (cell, other) for choice in choices]
+    for number, trial in enumerate(trials[:-1]):
+        write_trial(tmp_path, trial, offset=0.1 * number)
+    RunDir(tmp_path / "trials" / trials[-1].id).finish(FAILED, MARK_KEY, {"reason": "the <forget> loss is not finite"})
+    table = build_grid_report(trials, tmp_path, floor=0.9, samples=True, command="python pipelines/grid.py --x 1")
+    assert table.halved
+    page, markdown = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
+    for text in (page, markdown):
+        assert trials[-1].id in text.replace("\\", "") and "pipelines/grid.py --x 1" in text and "Table 2" in text
+    assert "the &lt;forget&gt; loss" in page and "<forget>" not in page and "<svg" in page and "http" not in page.replace("http-equiv", "")
+    assert (tmp_path / "grid.tex").read_text().count(r"\begin{table}") >= 3
+    assert len(list((tmp_path / "figures").glob("*.svg"))) >= 1
+    show_grid(table)
+    assert "FO-NPO (adamw)" in capsys.readouterr().out
+
+
+def test_a_report_of_nothing_and_of_different_rows_is_refused(tmp_path: Path) -> None:
+    trials = [Trial(Cell("tiny", "npo", "adamw"), Choice(), seed) for seed in (0, 1)]
+    with pytest.raises(InputError, match="no finished trial"):
+        build_grid_report(trials, tmp_path, floor=0.9, samples=False)
+    for trial in trials:
+        write_trial(tmp_path, trial)
+    changed = tmp_path / "trials" / trials[1].id / "results.json"
+    changed.write_text(json.dumps({**json.loads(changed.read_text()), "splits": {"forget": 3, "retain": 4}}))
+    with pytest.raises(InputError, match="different benchmarks"):
+        build_grid_report(trials, tmp_path, floor=0.9, samples=False)
