@@ -236,8 +236,7 @@ class Config(_Section):
             raise ValueError(f"twin must be another optimizer than {self.optimizer.name}. Choose one of {_others(self.optimizer.name)}.")
         if self.twin_learning_rate is not None and self.twin is None:
             raise ValueError("twin_learning_rate needs a twin, got none. Set twin (--twin) as well.")
-        if self.train.lora_rank is not None and self.engine.name == "deepspeed" and self.engine.precision != "fp32":
-            raise ValueError("lora_rank under deepspeed in bf16 would round the weights it adds to. Choose engine fsdp, or precision fp32.")
+        self.engine.check_adapters(self.train.lora_rank)
         if self.benchmark == "own" and self.model.path is None:
             raise ValueError("own data needs a model that has seen it, got none. Set model.path (--model) to a folder or a hub id.")
         return self
@@ -311,6 +310,7 @@ class Config(_Section):
         if chosen and train.micro_batch_size * workers >= train.batch_size + workers:
             share = -(-train.batch_size // workers)
             found.append(f"micro_batch_size {train.micro_batch_size} is never filled: a worker's share of a batch is {share} row(s).")
+        found += self.engine.cautions(self.optimizer.learning_rate)
         if self.samples:
             found.append("samples writes generated answers, which quote the data, to samples.jsonl.")
         return tuple(found)
@@ -386,7 +386,7 @@ def prepare_key(config: Config, fingerprint: str, kind: Literal["target", "retra
         "format": [config.data.chat, config.data.max_length],
         "start": model.tiny.model_dump() if model.path is None else [model.path, model.revision, _weights_stamp(model.path)],
         "prepare": config.preparation.model_dump() if config.makes_target else None,
-        "precision": config.engine.precision,
+        "precision": config.engine.preparing_precision,
     }
     return digest(facts, length=20)
 

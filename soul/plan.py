@@ -40,7 +40,7 @@ from soul.train.loop import hessian_splits
 from soul.train.sharding import decoder_blocks
 
 FP32 = 4
-COMPUTE_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
+COMPUTE_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "pure_bf16": 2}
 REFERENCE_BYTES = 8
 
 
@@ -180,9 +180,10 @@ def _own_items(engine: EngineConfig, shape: ModelShape, *, num_states: int) -> l
     compute = COMPUTE_BYTES[engine.precision]
     own = -(-shape.num_params // engine.num_workers) if sharded else shape.num_params
     on_cpu = engine.offload is not None
+    stored, kind = (2, "bf16") if engine.precision == "pure_bf16" else (FP32, "fp32")
     items = [
-        MemoryItem("weights (fp32)", FP32 * own, on_cpu),
-        MemoryItem("gradients (fp32)", FP32 * own, on_cpu),
+        MemoryItem(f"weights ({kind})", stored * own, on_cpu),
+        MemoryItem(f"gradients ({kind})", stored * own, on_cpu),
         MemoryItem(f"optimizer state ({num_states} x fp32)", FP32 * own * num_states, on_cpu),
     ]
     if sharded:

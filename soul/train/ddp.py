@@ -16,7 +16,14 @@ from soul.train.engine import BuildModel, BuildOptimizer, EngineConfig, FullEntr
 from soul.train.export import export_model
 from soul.train.ranks import join_group, sum_over_ranks
 from soul.train.state import full_entries, load_state, save_state
-from soul.train.update import clip_and_step, enable_checkpointing, fold_curvature, forward_context
+from soul.train.update import (
+    clip_and_step,
+    enable_checkpointing,
+    fold_curvature,
+    forward_context,
+    optimized_shards,
+    store_weights,
+)
 
 
 class DDPEngine:
@@ -32,7 +39,7 @@ class DDPEngine:
         self.optimizer: torch.optim.Optimizer
 
     def prepare(self, build_model: BuildModel, build_optimizer: BuildOptimizer) -> None:
-        model = build_model().to(self.device)
+        model = store_weights(build_model().to(self.device), self.config.precision)
         enable_checkpointing(model, self.config)
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         replica = DistributedDataParallel(model, device_ids=device_ids, forward_sync_buffers=False, gradient_as_bucket_view=True)
@@ -63,6 +70,9 @@ class DDPEngine:
 
     def load(self, folder: Path) -> dict[str, Any]:
         return load_state(folder, self.model, self.optimizer)
+
+    def local_weights(self) -> list[Tensor]:
+        return optimized_shards(self.optimizer)
 
     def iter_full_state(self) -> Iterator[tuple[str, FullEntry]]:
         return full_entries(self.model, self.optimizer, keep=self.rank == 0)

@@ -109,6 +109,9 @@ class DeepSpeedEngine:
         refresh_weights(self._zero)
         return extra
 
+    def local_weights(self) -> list[Tensor]:
+        return flat_partitions(self._zero)
+
     def iter_full_state(self) -> Iterator[tuple[str, FullEntry]]:
         for name, weights, state in full_states(unwrap(self.model), self.optimizer, self._shares, self.device):
             keep = self.rank == 0

@@ -23,12 +23,13 @@ from soul.train.export import export_model
 from soul.train.ranks import join_group, sum_over_ranks
 from soul.train.sharding import fill, reshard, share_model
 from soul.train.state import full_entries, load_state, save_state
-from soul.train.update import clip_and_step, enable_checkpointing, fold_curvature
+from soul.train.update import clip_and_step, enable_checkpointing, fold_curvature, optimized_shards
 
 # No output_dtype: a block that returns fp32 to its bf16 neighbour fails, and the losses widen the root's logits themselves.
 POLICIES: dict[Precision, MixedPrecisionPolicy] = {
     "fp32": MixedPrecisionPolicy(),
     "bf16": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
+    "pure_bf16": MixedPrecisionPolicy(reduce_dtype=torch.float32),
 }
 
 
@@ -52,7 +53,7 @@ class FSDPEngine:
             self.model,
             values,
             device=self.device,
-            dtype=None,
+            dtype=torch.bfloat16 if self.config.precision == "pure_bf16" else None,
             shard=lambda unit: fully_shard(unit, mesh=mesh, mp_policy=POLICIES[self.config.precision], offload_policy=offload),
         )
         enable_checkpointing(self.model, self.config)
@@ -81,6 +82,9 @@ class FSDPEngine:
     def load(self, folder: Path) -> dict[str, Any]:
         reshard(self.model)
         return load_state(folder, self.model, self.optimizer)
+
+    def local_weights(self) -> list[Tensor]:
+        return optimized_shards(self.optimizer)
 
     def iter_full_state(self) -> Iterator[tuple[str, FullEntry]]:
         reshard(self.model)

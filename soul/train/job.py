@@ -26,6 +26,7 @@ from soul.train.config import TrainConfig
 from soul.train.engine import Engine, EngineConfig
 from soul.train.loop import Hooks, Progress, train
 from soul.train.lora import add_adapters
+from soul.train.moved import MovedWeights
 from soul.train.probe import probe_splits
 
 SaveCheckpoint = Callable[[Engine, Progress], None]
@@ -95,6 +96,7 @@ def run_job(
 
     eager_state = engine.config.name != "deepspeed"  # which replaces the parameters
     engine.prepare(build_model, lambda model: job.optimizer.build(model.named_parameters(), eager_state=eager_state))
+    moved = MovedWeights(engine)
     progress = Progress()
     if resume_from is not None:
         extra = engine.load(resume_from)
@@ -104,6 +106,8 @@ def run_job(
     log = _StepLog(Path(job.run_dir) / "metrics.jsonl", keep=progress.step) if engine.rank == 0 else None
 
     def after_step(row: dict[str, Any]) -> None:
+        if row["step"] % plan.steps_per_epoch == 0 or row["step"] == total:
+            row |= moved.measure()
         if log is not None:
             log.write(row)
         if on_step is not None:

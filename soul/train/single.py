@@ -14,7 +14,14 @@ from soul.records import InputError
 from soul.train.engine import BuildModel, BuildOptimizer, EngineConfig, FullEntry, StepInfo, pick_device
 from soul.train.export import export_model
 from soul.train.state import full_entries, load_state, save_state
-from soul.train.update import clip_and_step, enable_checkpointing, fold_curvature, forward_context
+from soul.train.update import (
+    clip_and_step,
+    enable_checkpointing,
+    fold_curvature,
+    forward_context,
+    optimized_shards,
+    store_weights,
+)
 
 
 class SingleEngine:
@@ -36,7 +43,7 @@ class SingleEngine:
         self.optimizer: torch.optim.Optimizer
 
     def prepare(self, build_model: BuildModel, build_optimizer: BuildOptimizer) -> None:
-        self.model = build_model().to(self.device)
+        self.model = store_weights(build_model().to(self.device), self.config.precision)
         enable_checkpointing(self.model, self.config)
         self.optimizer = build_optimizer(self.model)
 
@@ -60,6 +67,9 @@ class SingleEngine:
 
     def load(self, folder: Path) -> dict[str, Any]:
         return load_state(folder, self.model, self.optimizer)
+
+    def local_weights(self) -> list[Tensor]:
+        return optimized_shards(self.optimizer)
 
     def iter_full_state(self) -> Iterator[tuple[str, FullEntry]]:
         return full_entries(self.model, self.optimizer, keep=True)

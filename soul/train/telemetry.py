@@ -81,14 +81,12 @@ class Telemetry:
 def adamw_update_squared_norm(optimizer: torch.optim.Optimizer) -> Tensor:
     """Squared length of AdamW's last update on this rank's shards, weight decay left out, from its state."""
     total = torch.zeros((), dtype=torch.float64)
-    for group in optimizer.param_groups:
-        beta1, beta2 = group["betas"]
-        for parameter in group["params"]:
-            state = optimizer.state.get(parameter)
-            if not state:
-                continue
-            step = float(state["step"])
-            m, v = local_shard(state["exp_avg"]), local_shard(state["exp_avg_sq"])
-            direction = m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + group["eps"])
-            total = total.to(direction.device) + (group["lr"] * direction).double().square().sum()
+    group = optimizer.param_groups[0]  # they differ in weight decay only, and ZeRO-3 leaves them without parameters
+    beta1, beta2 = group["betas"]
+    for state in optimizer.state.values():
+        if not state or not (step := float(state["step"])):
+            continue
+        m, v = local_shard(state["exp_avg"]), local_shard(state["exp_avg_sq"])
+        direction = m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + group["eps"])
+        total = total.to(direction.device) + (group["lr"] * direction).double().square().sum()
     return total

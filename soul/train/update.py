@@ -6,15 +6,29 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from soul.optim.base import local_shard
 from soul.train.engine import EngineConfig, Precision, StepInfo
 
 
 def forward_context(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
     """bf16 autocast over fp32 weights, or nothing."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def store_weights(model: nn.Module, precision: Precision) -> nn.Module:
+    """The model, its parameters in the type they are kept in; buffers stay as they are (rotary frequencies do not survive bf16)."""
+    if precision == "pure_bf16":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+    return model
+
+
+def optimized_shards(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The rank's part of what the optimizer steps."""
+    return [local_shard(parameter) for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def enable_checkpointing(model: nn.Module, config: EngineConfig) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 
+from soul.config import Config
 from soul.models.load import load_model
 from soul.models.scoring import answer_logits
 from soul.records import InputError
@@ -143,6 +144,13 @@ def test_transposed_layers_merge_too(tmp_path: Path) -> None:
         loaded = answer_logits(load_model(str(tmp_path / "export")), ragged_batch())
         torch.testing.assert_close(loaded, answer_logits(model, ragged_batch()), rtol=1e-4, atol=1e-4)
     assert full_state(engine)
+
+
+def test_deepspeed_in_bf16_is_refused() -> None:
+    values = {"train": {"lora_rank": 4}, "engine": {"name": "deepspeed", "precision": "bf16"}}
+    with pytest.raises(ValueError, match="lora_rank under deepspeed in bf16 would round the weights"):
+        Config.model_validate(values)
+    assert Config.model_validate({**values, "engine": "fsdp"}).train.lora_rank == 4
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
