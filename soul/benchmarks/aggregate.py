@@ -79,7 +79,7 @@ class Table:
         return list(dict.fromkeys(row.cell.model for row in self.rows))
 
     def reference(self, model: str, kind: str) -> Values:
-        """The target's or the retrained model's metrics on all rows; empty where nothing of the model has finished."""
+        """The target's or the retrained model's metrics on the reported rows; empty where nothing of the model has finished."""
         found = [outcome for row in self.rows if row.cell.model == model for outcome in row.outcomes if outcome.state == "done"]
         return {} if not found else found[0].target if kind == "target" else found[0].retrained
 
@@ -102,7 +102,7 @@ def _row(cell: Cell, outcomes: Sequence[Outcome], metric: str, floor: float) -> 
 def kept_share(outcome: Outcome, metric: str) -> float:
     """Retain score on the validation rows as a share of the target's; 0 where it was not measured."""
     path = f"retain.{metric}"
-    return outcome.validation.get(path, 0.0) / max(outcome.target.get(path, 0.0), 1e-9)
+    return outcome.validation.get(path, 0.0) / max(outcome.target_validation.get(path, 0.0), 1e-9)
 
 
 def select(outcomes: Sequence[Outcome], *, metric: str, floor: float) -> Outcome | None:

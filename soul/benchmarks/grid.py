@@ -29,6 +29,13 @@ OWN_CHOICES: Final[Mapping[str, tuple[str, tuple[Value, ...]]]] = {"sophia": ("t
 WITHOUT_RETAIN: Final = frozenset({"ga"})
 
 
+def model_slug(model: str) -> str:
+    """A model's name in file names: a tiny one's own, else the last part of its path with what tells it from others of that name."""
+    if model in TINY_MODELS:
+        return model
+    return f"{re.sub(r'[^A-Za-z0-9.]+', '_', PurePosixPath(model).name)[:40]}.{digest(model, length=4)}"
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Cell:
     model: str
@@ -38,10 +45,7 @@ class Cell:
     @property
     def slug(self) -> str:
         """Fits into a file name."""
-        model = self.model
-        if model not in TINY_MODELS:
-            model = f"{re.sub(r'[^A-Za-z0-9.]+', '_', PurePosixPath(model).name)[:40]}.{digest(model, length=4)}"
-        return f"{model}-{self.method}-{self.optimizer}"
+        return f"{model_slug(self.model)}-{self.method}-{self.optimizer}"
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from soul.benchmarks.grid import Trial
+from soul.benchmarks.grid import Trial, model_slug
 from soul.evaluate.eval_log import EvalLog, SplitLog
 from soul.evaluate.logs import read_log
 from soul.evaluate.score import Scores, score
@@ -28,6 +29,8 @@ Values = Mapping[str, float]
 class Outcome:
     """`validation` is what a choice is selected by, `values` what is reported; both are of all rows where nothing is selected.
 
+    Target and retrained model are measured on the rows of `values`, the target on those of `validation` too.
+
     Keys are paths such as "forget.rougeL_recall", "model_utility" or "mia_auc.min_k"; what was not measured has no key.
     """
 
@@ -37,6 +40,7 @@ class Outcome:
     validation: Values = field(default_factory=dict)
     values: Values = field(default_factory=dict)
     target: Values = field(default_factory=dict)
+    target_validation: Values = field(default_factory=dict)
     retrained: Values = field(default_factory=dict)
     epochs: tuple[Mapping[str, Any], ...] = ()
     cost: Mapping[str, float | None] = field(default_factory=dict)
@@ -44,31 +48,40 @@ class Outcome:
     benchmark: str = ""
 
 
-def read_outcome(trial: Trial, folder: Path, *, halved: bool) -> Outcome:
+def reference_folder(output: Path, model: str, kind: str) -> Path:
+    """Where a grid keeps the evaluation log of a model's target or retrained model."""
+    return output / "references" / model_slug(model) / kind
+
+
+def read_outcome(trial: Trial, output: Path, *, halved: bool) -> Outcome:
     """`halved`: a choice is to be selected, on the even rows of forget and retain; the odd ones are for the report."""
-    run = RunDir(folder)
+    run = RunDir(output / "trials" / trial.id)
     if not run.results.is_file():
         return _without_results(trial, run)
     results = json.loads(run.results.read_text())
-    models = results["models"]
-    retrained = read_log(run.logs / "retrained") if (run.logs / "retrained").is_dir() else None
-    log = read_log(run.logs)
-    if halved:
-        validation, values = (values_of(_scores(log, retrained, half)) for half in (0, 1))
-    else:
-        validation = values = values_of(_scores(log, retrained, None))
+    logs = {kind: _reference_log(reference_folder(output, trial.cell.model, kind)) for kind in ("target", "retrained")}
+    log, gold = read_log(run.logs), logs["retrained"]
+    validation, report = (0, 1) if halved else (None, None)
     return Outcome(
         trial,
         "done",
-        validation=validation,
-        values=values,
-        target=flat(models["target"]),
-        retrained=flat(models["retrained"] or {}),
+        validation=_values(log, gold, validation),
+        values=_values(log, gold, report),
+        target=_values(logs["target"], gold, report),
+        target_validation=_values(logs["target"], gold, validation),
+        retrained=_values(gold, gold, report),
         epochs=tuple(results["epochs"]),
         cost=results["cost"],
         sizes=results["splits"],
         benchmark=results["benchmark"],
     )
+
+
+def _reference_log(folder: Path) -> EvalLog | None:
+    return _read_once(folder) if folder.is_dir() else None
+
+
+_read_once = lru_cache(maxsize=64)(read_log)  # every trial of a model asks for the same two
 
 
 def _without_results(trial: Trial, run: RunDir) -> Outcome:
@@ -83,10 +96,13 @@ def _without_results(trial: Trial, run: RunDir) -> Outcome:
     return Outcome(trial, "missing", "it has not run to its end; the same command continues it")
 
 
-def _scores(log: EvalLog, retrained: EvalLog | None, half: int | None) -> Scores:
+def _values(log: EvalLog | None, retrained: EvalLog | None, half: int | None) -> Values:
+    """A log's metrics on all rows or on one half; nothing without a log."""
+    if log is None:
+        return {}
     if half is None:
-        return score(log, retrained=retrained)
-    return score(half_of(log, half), retrained=None if retrained is None else half_of(retrained, half))
+        return values_of(score(log, retrained=retrained))
+    return values_of(score(half_of(log, half), retrained=None if retrained is None else half_of(retrained, half)))
 
 
 def half_of(log: EvalLog, half: int) -> EvalLog:

@@ -20,7 +20,7 @@ from ray.tune import Callback, ResultGrid
 from ray.tune.logger import JsonLoggerCallback, TBXLoggerCallback
 
 from soul.benchmarks.grid import Trial
-from soul.benchmarks.outcomes import CRASHED, MARK_KEY, STOPPED
+from soul.benchmarks.outcomes import CRASHED, MARK_KEY, STOPPED, reference_folder
 from soul.config import Config
 from soul.grid_config import GridConfig
 from soul.orchestration.checks import check_local_workers, check_model, check_run
@@ -28,9 +28,10 @@ from soul.orchestration.claim import check_claim, claim, is_done, run_dir
 from soul.orchestration.cluster import cluster
 from soul.orchestration.data import cache_of, open_sources
 from soul.orchestration.halving import GroupedHalving
+from soul.orchestration.outcome import write_logs
 from soul.orchestration.prepare import starting_model
 from soul.orchestration.progress import Display
-from soul.orchestration.shared import Shared, make_shared
+from soul.orchestration.shared import Shared, judge_shared, make_shared, share
 from soul.orchestration.trial import failure_of, nested_epoch, run_trial, stopped_at
 from soul.report.tracking import track
 from soul.rundir import RunDir
@@ -95,6 +96,8 @@ def run_grid(config: GridConfig) -> list[Planned]:
     with cluster(config.address, num_workers=config.engine.num_workers, verbose=config.verbose), display.live():
         slots = room_for(config.engine.num_workers)
         views = make_shared([item.config for item in planned], display, slots=room_for(1))
+        for model, item in {item.trial.cell.model: item for item in planned}.items():
+            _keep_references(Path(config.output).resolve(), model, item, display)
         undone = [item for item, view in zip(planned, views, strict=True) if _is_undone(item, view)]
         for item in undone:
             claim(item.config)
@@ -109,6 +112,15 @@ def run_grid(config: GridConfig) -> list[Planned]:
             if run_dir(item.config).results.is_file():
                 track(run_dir(item.config).path, project=config.wandb)
     return planned
+
+
+def _keep_references(output: Path, model: str, item: Planned, display: Display) -> None:
+    """The logs of target and retrained model: the report measures them on the rows on which it measures the trials."""
+    target, retrained = judge_shared(item.config, share(item.config), display)
+    for kind, log in (("target", target.log), ("retrained", retrained)):
+        folder = reference_folder(output, model, kind)
+        if log is not None and not folder.is_dir():
+            write_logs(log, folder)
 
 
 def room_for(num_workers: int) -> int:

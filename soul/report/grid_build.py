@@ -68,7 +68,7 @@ def read_outcomes(trials: Sequence[Trial], output: Path) -> list[Outcome]:
     for trial in trials:
         choices.setdefault(trial.cell, set()).add(trial.choice.key)
     halved = any(len(keys) > 1 for keys in choices.values())
-    return [read_outcome(trial, output / "trials" / trial.id, halved=halved) for trial in trials]
+    return [read_outcome(trial, output, halved=halved) for trial in trials]
 
 
 def build_grid_report(trials: Sequence[Trial], output: Path, *, floor: float, samples: bool, command: str | None = None) -> Table:

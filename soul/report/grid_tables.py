@@ -104,7 +104,7 @@ def caption(table: Table) -> str:
         metric = METRICS[table.metric].title
         parts.append(
             f"Per seed, each cell's settings were selected on every second forget and retain row (least {metric} on forget among those "
-            f"that keep {table.floor:.0%} of the target's on retain) and are reported on the other rows."
+            f"that keep {table.floor:.0%} of the target's on retain) and are reported on the other rows, as are target and retrained model."
         )
     parts.append(f"* does not keep {table.floor:.0%} of the target's retain score in every seed.")
     return " ".join(parts)
@@ -116,7 +116,7 @@ def _references(table: Table, columns: Sequence[GridColumn], kind: str) -> list[
         values = table.reference(model, kind)
         if values:
             cells = [fixed(values[column.path], column.decimals) if column.path in values else DASH for column in columns]
-            rows.append((kind if len(table.models) == 1 else f"{kind}, {model}", *cells, "", "", "all rows", ""))
+            rows.append((kind if len(table.models) == 1 else f"{kind}, {model}", *cells, "", "", "", ""))
     return rows
 
 

@@ -15,7 +15,7 @@ import pytest
 from soul.benchmarks.aggregate import Table, front_of, select, tabulate
 from soul.benchmarks.fronts import bootstrap_interval, deepest_shared_level, kept_at, pareto_front
 from soul.benchmarks.grid import Cell, Choice, Trial
-from soul.benchmarks.outcomes import CRASHED, FAILED, MARK_KEY, STOPPED, Outcome, half_of, read_outcome
+from soul.benchmarks.outcomes import CRASHED, FAILED, MARK_KEY, STOPPED, Outcome, half_of, read_outcome, reference_folder
 from soul.benchmarks.paired import paired_difference
 from soul.evaluate.eval_log import EvalLog, SplitLog
 from soul.evaluate.score import score
@@ -41,6 +41,7 @@ def outcome(optimizer: str, rate: float, seed: int, forget: float, retain: float
         "validation": values,
         "values": values,
         "target": TARGET,
+        "target_validation": TARGET,
         "retrained": {"forget.rougeL_recall": 0.05},
         "epochs": epochs,
         "cost": {"train_s": 2.0, "eval_s": 1.0, "peak_memory_bytes": None},
@@ -127,7 +128,8 @@ def write_trial(output: Path, trial: Trial, *, offset: float = 0.3) -> None:
     run = RunDir(output / "trials" / trial.id)
     log, gold = eval_log(11, offset=offset), eval_log(11, offset=0.9)
     write_tofu_log(log, run.logs / AGGREGATED)
-    write_tofu_log(gold, run.logs / "retrained" / AGGREGATED)
+    for kind, reference in (("target", eval_log(11)), ("retrained", gold)):
+        write_tofu_log(reference, reference_folder(output, trial.cell.model, kind) / AGGREGATED)
     entry = score(log, retrained=gold).model_entry()
     models = {"target": score(eval_log(11), retrained=gold).model_entry(), "unlearned": entry, "retrained": score(gold).model_entry()}
     cost = {"train_s": 1.5, "eval_s": 0.5, "tokens_per_s": 10.0, "peak_memory_bytes": None, "optimizer_state_bytes_per_rank": 8}
@@ -137,19 +139,21 @@ def write_trial(output: Path, trial: Trial, *, offset: float = 0.3) -> None:
 def test_a_trial_is_read_in_halves_from_its_logs(tmp_path: Path) -> None:
     trial = Trial(Cell("tiny", "npo", "adamw"), Choice(), 0)
     write_trial(tmp_path, trial)
-    whole = read_outcome(trial, tmp_path / "trials" / trial.id, halved=False)
-    halved = read_outcome(trial, tmp_path / "trials" / trial.id, halved=True)
+    whole = read_outcome(trial, tmp_path, halved=False)
+    halved = read_outcome(trial, tmp_path, halved=True)
     assert whole.validation == whole.values and halved.validation != halved.values
     for outcome_, rows in ((halved.validation, range(0, 11, 2)), (halved.values, range(1, 11, 2)), (whole.values, range(11))):
         expected = np.mean([math.exp(-(0.1 * (i + 1) + 0.3)) for i in rows])
         assert outcome_["forget.probability"] == pytest.approx(expected)
     assert whole.values["log10_forget_quality"] == pytest.approx(math.log10(whole.values["forget_quality"]))
+    odd = np.mean([math.exp(-0.1 * (i + 1)) for i in range(1, 11, 2)])
+    assert halved.target["forget.probability"] == pytest.approx(odd) and halved.target != halved.target_validation
     assert whole.cost["train_s"] == 1.5 and whole.retrained["forget.probability"] < whole.values["forget.probability"]
 
 
 def test_a_trial_without_results_says_why(tmp_path: Path) -> None:
     trial = Trial(Cell("tiny", "npo", "adamw"), Choice(), 0)
-    run = RunDir(tmp_path)
+    run = RunDir(tmp_path / "trials" / trial.id)
     assert read_outcome(trial, tmp_path, halved=False).state == "missing"
     run.finish(STOPPED, MARK_KEY, {"epochs": [{"epoch": 0}, {"epoch": 2}]})
     stopped = read_outcome(trial, tmp_path, halved=False)
