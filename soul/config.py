@@ -232,11 +232,11 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _across_sections(self) -> Self:
+        self.engine.check_adapters(self.train.lora_rank)
         if self.twin == self.optimizer.name:
             raise ValueError(f"twin must be another optimizer than {self.optimizer.name}. Choose one of {_others(self.optimizer.name)}.")
         if self.twin_learning_rate is not None and self.twin is None:
             raise ValueError("twin_learning_rate needs a twin, got none. Set twin (--twin) as well.")
-        self.engine.check_adapters(self.train.lora_rank)
         if self.benchmark == "own" and self.model.path is None:
             raise ValueError("own data needs a model that has seen it, got none. Set model.path (--model) to a folder or a hub id.")
         return self
@@ -299,7 +299,7 @@ class Config(_Section):
     def warnings(self) -> tuple[str, ...]:
         """What is allowed and probably not meant; for the log of a run."""
         train, workers = self.train, self.engine.num_workers
-        found = []
+        found = self.engine.cautions(self.optimizer.learning_rate)
         if workers > train.batch_size:
             found.append(
                 f"batch_size {train.batch_size} leaves some of {workers} workers without rows. Raise batch_size or use fewer workers."
@@ -310,7 +310,6 @@ class Config(_Section):
         if chosen and train.micro_batch_size * workers >= train.batch_size + workers:
             share = -(-train.batch_size // workers)
             found.append(f"micro_batch_size {train.micro_batch_size} is never filled: a worker's share of a batch is {share} row(s).")
-        found += self.engine.cautions(self.optimizer.learning_rate)
         if self.samples:
             found.append("samples writes generated answers, which quote the data, to samples.jsonl.")
         return tuple(found)
