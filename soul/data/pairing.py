@@ -85,7 +85,8 @@ class PairedPlan:
             turn, offset = divmod(start, num_rows)
             if (tag, turn) not in self._cache:
                 self._cache[tag, turn] = _permutation(self.seed, tag, turn, num_rows)
-                self._cache.pop((tag, turn - 2), None)
+                for old in [key for key in self._cache if key[0] == tag and key[1] < turn - 1]:
+                    del self._cache[old]
             taken = self._cache[tag, turn][offset : offset + size]
             parts.append(taken)
             start, size = start + len(taken), size - len(taken)
