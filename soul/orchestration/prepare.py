@@ -38,10 +38,13 @@ class Prepared:
 def given_model(path: str) -> Prepared:
     """A model that was made elsewhere; new weights under an old name are another model. A hub id names its weights."""
     folder = Path(path)
-    if not folder.is_dir():
-        return Prepared(path, path)
-    stamp = sorted((item.name, item.stat().st_size, item.stat().st_mtime_ns) for item in folder.glob("*.safetensors"))
-    return Prepared(path, f"{folder.resolve()} {stamp}")
+    return Prepared(path, f"{folder.resolve()} {weights_stamp(folder)}" if folder.is_dir() else path)
+
+
+def weights_stamp(folder: Path) -> str:
+    """Names the weights in a folder, wherever it lies, without reading them."""
+    files = sorted(folder.glob("*.safetensors"))
+    return str([(item.name, item.stat().st_size, item.stat().st_mtime_ns) for item in files])
 
 
 def starting_model(config: Config, benchmark: Benchmark, cache: Path) -> str:

@@ -17,10 +17,11 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig
 
 from soul.orchestration.stream import ray_steps
+from soul.records import InputError
 from soul.train.engine import Engine, EngineConfig
 from soul.train.engines import make_engine
 from soul.train.job import JobResult, TrainJob, run_job
@@ -82,7 +83,7 @@ def fit(job: TrainJob, *, name: str, on_progress: OnProgress | None = None) -> J
     """Run `job` to its end, continuing from its last checkpoint if it has one, whatever engine and workers wrote that.
 
     Raises:
-        TrainingStopped: a loss became NaN or infinite.
+        TrainingStopped: a loss became NaN or infinite, or a file could not be read or written.
         ray.train.TrainingFailedError: workers failed more than `max_failures` times.
     """
     engine = job.engine
@@ -107,7 +108,10 @@ def fit(job: TrainJob, *, name: str, on_progress: OnProgress | None = None) -> J
         ),
     )
     with _watch(Path(job.run_dir) / "metrics.jsonl", on_progress):
-        result = _beside(trainer.fit)
+        try:
+            result = _beside(trainer.fit)
+        except WorkerGroupError as error:
+            raise _explained(error) or error from None
     value = result.return_value
     if "error" in value:
         raise TrainingStopped(value["error"])
@@ -119,6 +123,16 @@ def _backend(engine: EngineConfig, *, use_gpu: bool) -> str:
     if not use_gpu:
         return "gloo"
     return "nccl" if engine.offload is None else "cpu:gloo,cuda:nccl"
+
+
+def _explained(error: WorkerGroupError) -> InputError | TrainingStopped | None:
+    """What a person can mend (bad input, a full disk, a lost mount) in one line; None for a defect, which keeps its traceback."""
+    for failure in error.worker_failures.values():
+        if isinstance(failure, InputError):
+            return failure
+        if isinstance(failure, OSError):
+            return TrainingStopped(f"training stopped: {failure}. The last checkpoint is kept: mend this, then run the same again.")
+    return None
 
 
 def _beside(call: Callable[[], Any]) -> Any:

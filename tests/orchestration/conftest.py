@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from soul.config import Config
 from soul.train.job import TrainJob
 from tests.orchestration.mini import Finished, mini, write_tofu
 

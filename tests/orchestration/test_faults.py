@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from soul.cli import DONE, FAILURE, INTERRUPTED, main
-from soul.orchestration.train import fit
+from soul.orchestration.train import TrainingStopped, fit
 from soul.train.engines import make_engine
 from soul.train.job import TrainJob, run_job
 from soul.train.state import EXTRA
@@ -165,6 +167,33 @@ def test_a_model_whose_weights_are_not_numbers_is_told_before_training(
     err = capsys.readouterr().err
     assert "failed: ArithmeticError" in err and "check the model's weights" in err and "Traceback" not in err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A megabyte and a half, for those who may mount."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("no permission to mount a small disk")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(finished: Finished, uninterrupted: Path, small_disk: Path) -> None:
+    many = long_job(finished, small_disk)
+    job = replace(
+        many,
+        train=many.train.model_copy(update={"keep_checkpoints": 50}),
+        engine=many.engine.model_copy(update={"max_failures": 0}),
+    )
+    with pytest.raises(TrainingStopped, match=r"No space left on device.*The last checkpoint is kept"):
+        fit(job, name="full")
+    subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
+    fit(job, name="full")
+    same(small_disk, uninterrupted)
 
 
 NOISE = (
