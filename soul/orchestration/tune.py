@@ -108,10 +108,16 @@ def run_grid(config: GridConfig) -> list[Planned]:
             again = planned if config.search == "asha" else undone
             _search(config, again, display, slots=min(slots, config.max_concurrent or slots))
     if config.wandb is not None:
-        for item in undone:
-            if run_dir(item.config).results.is_file():
-                track(run_dir(item.config).path, project=config.wandb)
+        _track(planned, config.wandb)
     return planned
+
+
+def _track(planned: Sequence[Planned], project: str) -> None:
+    """Every finished run is a run of the project, once."""
+    for run in (run_dir(item.config) for item in planned):
+        if run.results.is_file() and run.finished("tracked", project) is None:
+            track(run.path, project=project)
+            run.finish("tracked", project, {})
 
 
 def _keep_references(output: Path, model: str, item: Planned, display: Display) -> None:
