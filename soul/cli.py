@@ -302,12 +302,12 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 def _serve(parsed: argparse.Namespace) -> int:
     from soul.serving.flags import serve_overrides
     from soul.serving.policy import Policy
-    from soul.serving.settings import ServeConfig
+    from soul.serving.settings import ServeConfig, located
     from soul.settings import load_settings
 
     policy = None if parsed.policy is None else load_settings(Policy, parsed.policy, {}).model_dump()
     labels = {"host": "--host", "port": "--port", "replicas.minimum": "--replicas", "replicas.max_models": "--max-models"}
-    config = load_settings(ServeConfig, parsed.config, serve_overrides(parsed, policy), labels=labels)
+    config = located(load_settings(ServeConfig, parsed.config, serve_overrides(parsed, policy), labels=labels), parsed.config)
     if not config.hosting.runs:
         raise InputError("nothing to serve: expected one run directory or more, or a --config with hosting.runs.")
     from soul.orchestration import serve

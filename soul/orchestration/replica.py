@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 import torch
 from ray import serve
@@ -21,7 +21,7 @@ from soul.serving.engine import Engine, load_engine
 from soul.serving.errors import Refusal, Refused, refuse
 from soul.serving.front import busy
 from soul.serving.gate import Catalogue, Hashes, read_catalogue, stamp
-from soul.serving.settings import Hosting, Limits, ServeConfig
+from soul.serving.settings import Hosting, Limits, ServeConfig, located
 from soul.serving.work import Answer, ModelSpec, Piece, Scoring, Token, Usage, Work
 from soul.serving.worker import Worker
 from soul.settings import load_settings
@@ -32,12 +32,15 @@ ATTEMPTS: Final = 3
 REFRESH_S: Final = 1.0
 READY_S: Final = 2.0
 Result = TypeVar("Result")
+Handle: TypeAlias = "DeploymentHandle[Any]"
 
 
 class Generator:
     """Loads models and answers for them. `warm`: what is loaded before the replica counts as ready."""
 
-    async def __init__(self, limits: dict[str, Any], max_models: int, warm: Sequence[ModelSpec]) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, limits: dict[str, Any], max_models: int, warm: Sequence[ModelSpec]
+    ) -> None:
         torch.set_num_threads(1)
         self._limits = Limits.model_validate(limits)
         self._specs: dict[str, ModelSpec] = {}
@@ -110,11 +113,12 @@ async def _told(work: Coroutine[Any, Any, Result]) -> Result | Refusal:
 class Replicas:
     """The gateway's backend: a handle to the generators. What a dead replica had begun is asked of another, if no part of it was shown."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: Handle) -> None:
         self._handle = handle
 
     async def answer(self, spec: ModelSpec, work: Work) -> Answer:
-        return await self._call("answer", spec, work)
+        answer: Answer = await self._call("answer", spec, work)
+        return answer
 
     async def score(self, spec: ModelSpec, scoring: Scoring) -> list[Token]:
         found: list[Token] = await self._call("score", spec, scoring)
@@ -184,17 +188,18 @@ async def _again(attempt: int, error: Exception) -> None:
 class Gateway:
     """HTTP in, the gate, and out to the replicas. Runs, aliases and policy follow `config.watch` and the runs' own files."""
 
-    async def __init__(self, config: dict[str, Any], generators: DeploymentHandle) -> None:
+    async def __init__(self, config: dict[str, Any], generators: Handle) -> None:  # type: ignore[misc]  # Serve awaits it
         self._config = ServeConfig.model_validate(config)
         self._hosting = self._config.hosting
         self._replicas = Replicas(generators)
         self._hashes = Hashes()
         self._seen: object = None
-        self._catalogue = await asyncio.to_thread(self._read) or Catalogue()
+        first = await asyncio.to_thread(self._read)
+        self._catalogue = first or Catalogue()
         self._watching = asyncio.get_running_loop().create_task(self._watch())
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return build_api(self._config, self._replicas, lambda: self._catalogue)
+        return build_api(self._config, self._replicas, lambda: self._catalogue, names_requests=False)
 
     async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
         """From a Serve config file: what is hosted changes in place, nothing restarts."""
@@ -235,10 +240,14 @@ class Gateway:
         if now == self._seen:
             return None
         self._seen = now
-        hosting = self._hosting if path is None else load_settings(ServeConfig, path, {}).hosting
+        hosting = self._hosting if path is None else self._hosting_in(path)
         self._hosting = hosting
         self._seen = (hosting, now[1], stamp(hosting))
         return read_catalogue(hosting, on_loopback=self._config.on_loopback, hashes=self._hashes)
+
+    def _hosting_in(self, path: str) -> Hosting:
+        fixed = {"host": self._config.host, "key_hashes": list(self._config.key_hashes)}
+        return located(load_settings(ServeConfig, path, fixed), path).hosting
 
 
 def _time_of(path: str) -> int:

@@ -12,7 +12,6 @@ from typing import Any, Final
 import yaml
 from ray import serve
 from ray.serve.config import AutoscalingConfig, HTTPOptions
-from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from soul.orchestration.cluster import cluster
@@ -43,7 +42,7 @@ def application(config: ServeConfig, catalogue: Catalogue) -> serve.Application:
                 min_replicas=size.minimum, max_replicas=size.maximum, target_ongoing_requests=size.target_requests
             )
         }
-    generators = serve.deployment(
+    generators: Any = serve.deployment(
         Generator,
         name="Generator",
         ray_actor_options={"num_cpus": size.num_cpus, "num_gpus": size.num_gpus},
@@ -55,7 +54,7 @@ def application(config: ServeConfig, catalogue: Catalogue) -> serve.Application:
         health_check_timeout_s=30,
         **scaling,
     )
-    gateway = serve.deployment(
+    gateway: Any = serve.deployment(
         serve.ingress()(Gateway),
         name="Gateway",
         ray_actor_options={"num_cpus": 0.1},
@@ -67,10 +66,11 @@ def application(config: ServeConfig, catalogue: Catalogue) -> serve.Application:
     )
     specs = list(dict.fromkeys(model.spec for model in catalogue.hosted() if model.spec is not None))
     bound = generators.bind(limits.model_dump(), size.max_models, specs)
-    return gateway.bind(config.model_dump(mode="json"), bound)
+    app: serve.Application = gateway.bind(config.model_dump(mode="json"), bound)
+    return app
 
 
-def start(config: ServeConfig, catalogue: Catalogue) -> DeploymentHandle:
+def start(config: ServeConfig, catalogue: Catalogue) -> None:
     """Serve on a connected Ray; returns once every replica is ready.
 
     Raises:
@@ -82,7 +82,7 @@ def start(config: ServeConfig, catalogue: Catalogue) -> DeploymentHandle:
         http_options=HTTPOptions(host=config.host, port=config.port),
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
     )
-    return serve.run(application(config, catalogue), name=APP, route_prefix="/")
+    serve.run(application(config, catalogue), name=APP, route_prefix="/")
 
 
 def _check_port(config: ServeConfig) -> None:
@@ -108,20 +108,19 @@ def run_server(config: ServeConfig, *, address: str | None, verbose: bool) -> No
     with cluster(address, num_workers=1, verbose=verbose):
         start(config, catalogue)
         print(f"serving on http://{config.host}:{config.port}/ (API under /v1); Ctrl-C stops it", flush=True)
-        try:
-            _wait()
-        finally:
-            print("draining: requests that have begun are answered", flush=True)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second signal does not wait
-            serve.delete(APP)
-            serve.shutdown()
+        _wait_for_signal()
+        print("draining: requests that have begun are answered", flush=True)
+        stop()
 
 
-def _wait() -> None:
-    try:
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        return
+def _wait_for_signal() -> None:
+    """Until the first SIGTERM or SIGINT; a second one ends the process as it would any other."""
+    told = threading.Event()
+    before = {number: signal.signal(number, lambda *_: told.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    while not told.wait(timeout=0.5):  # without a timeout the main thread would not see the signal
+        pass
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def describe(catalogue: Catalogue) -> list[str]:

@@ -186,9 +186,9 @@ def _seed() -> int:
     return random.SystemRandom().randrange(2**31)
 
 
-def build_api(config: ServeConfig, backend: Backend, catalogue: Callable[[], Catalogue], metrics: Metrics | None = None) -> ASGIApp:
-    """The application. No pages about its own schema."""
-    metrics = metrics or Metrics()
+def build_api(config: ServeConfig, backend: Backend, catalogue: Callable[[], Catalogue], *, names_requests: bool = True) -> ASGIApp:
+    """The application. No pages about its own schema. `names_requests`: whether answers need their x-request-id from here."""
+    metrics = Metrics()
     api = Api(backend, catalogue, config.limits, metrics)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_api_route("/v1/completions", api.completions, methods=["POST"])
@@ -198,7 +198,14 @@ def build_api(config: ServeConfig, backend: Backend, catalogue: Callable[[], Cat
     app.add_api_route("/v1/models/{name}", api.model)
     app.add_api_route("/v1/models/{name}/report", api.report)
     app.add_api_route("/v1/models/{name}/report.html", api.report_html)
-    front = Front(app, key_hashes=config.key_hashes, on_loopback=config.on_loopback, max_in_flight=config.max_in_flight, metrics=metrics)
+    front = Front(
+        app,
+        key_hashes=config.key_hashes,
+        on_loopback=config.on_loopback,
+        max_in_flight=config.max_in_flight,
+        metrics=metrics,
+        names_requests=names_requests,
+    )
     _add_upkeep(app, api, front)
     _add_refusals(app)
     return front

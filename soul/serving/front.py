@@ -35,12 +35,15 @@ WRONG_HOST: Final = Refusal(403, "this server answers under its loopback address
 class Front:
     """ASGI middleware. `key_hashes` empty: anybody who reaches the port, which then is this machine's loopback."""
 
-    def __init__(self, app: ASGIApp, *, key_hashes: Sequence[str], on_loopback: bool, max_in_flight: int, metrics: Metrics) -> None:
+    def __init__(
+        self, app: ASGIApp, *, key_hashes: Sequence[str], on_loopback: bool, max_in_flight: int, metrics: Metrics, names_requests: bool
+    ) -> None:
         self._app = app
         self._key_hashes = key_hashes
         self._checks_host = on_loopback and not key_hashes  # a web page elsewhere could point its own name at this address
         self._max_in_flight = max_in_flight
         self._metrics = metrics
+        self._names_requests = names_requests
         self.num_in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,7 +60,8 @@ class Front:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 added = MutableHeaders(scope=message)
-                added["x-request-id"] = request_id
+                if self._names_requests:
+                    added["x-request-id"] = request_id
                 for name, value in HEADERS.items():
                     added[name] = value
             await send(message)

@@ -108,6 +108,15 @@ class ServeConfig(_Section):
         return self.limits.max_requests * self.replicas.maximum
 
 
+def located(config: ServeConfig, file: str | None) -> ServeConfig:
+    """Run directories that a config file names are relative to its own folder."""
+    if file is None:
+        return config
+    base = Path(file).resolve().parent
+    runs = {name: str((base / Path(folder).expanduser()).resolve()) for name, folder in config.hosting.runs.items()}
+    return config.model_copy(update={"hosting": config.hosting.model_copy(update={"runs": runs})})
+
+
 def model_id_of(folder: Path) -> str:
     """The id that a run directory gets when none is given."""
     return folder.resolve().name
