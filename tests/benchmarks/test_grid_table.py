@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -349,3 +350,27 @@ def test_a_report_of_nothing_and_of_different_rows_is_refused(tmp_path: Path) ->
     changed.write_text(json.dumps({**json.loads(changed.read_text()), "splits": {"forget": 3, "retain": 4}}))
     with pytest.raises(InputError, match="different benchmarks"):
         build_grid_report(trials, tmp_path, floor=0.9, samples=False)
+
+
+def test_several_models_have_tables_and_figures_of_their_own() -> None:
+    runs = []
+    for model, shift in (("tiny", 0.0), ("tiny-s", 0.1)):
+        for run in (*two_searches(), *paper_outcomes()):
+            cell = Cell(model, run.trial.cell.method, run.trial.cell.optimizer)
+            target = {**TARGET, "retain.rougeL_recall": 1.0 - shift}
+            runs.append(replace(run, trial=replace(run.trial, cell=cell), target=target, target_validation=target))
+    table = tabulate(runs, floor=0.5)
+    report = compose_grid(table, runs, samples=(), command=None)
+    assert table.models == ["tiny", "tiny-s"]
+    assert [row[0] for row in report.main.rows if row[0].startswith("target")] == ["target, tiny", "target, tiny-s"]
+    names = [figure.name for figure in report.figures]
+    assert len(names) == len(set(names)) and {"front-npo-0", "front-npo-1", "epochs-forget-0", "epochs-retain-1"} <= set(names)
+    assert [grid.caption.split(":")[0] for grid in report.paper] == [
+        "Table 2 with tiny",
+        "Table 2 with tiny-s",
+        "Table 2 as the paper prints it (Llama-2-7B-chat)",
+        "Table 6 with tiny",
+        "Table 6 with tiny-s",
+    ]
+    assert all(found.cell.model == found.baseline.model for found in table.differences)
+    assert any(line.startswith("tiny-s: Of the") for line in report.statements)
