@@ -306,9 +306,8 @@ class Config(_Section):
             )
         elif train.batch_size % workers:
             found.append(f"batch_size {train.batch_size} does not divide by {workers} workers: some forward a row less in every step.")
-        chosen = "micro_batch_size" in train.model_fields_set  # the default is an upper limit
+        share, chosen = -(-train.batch_size // workers), "micro_batch_size" in train.model_fields_set  # the default is an upper limit
         if chosen and train.micro_batch_size * workers >= train.batch_size + workers:
-            share = -(-train.batch_size // workers)
             found.append(f"micro_batch_size {train.micro_batch_size} is never filled: a worker's share of a batch is {share} row(s).")
         if self.samples:
             found.append("samples writes generated answers, which quote the data, to samples.jsonl.")

@@ -23,7 +23,7 @@ from soul.objectives.methods import Method, streamed_splits
 from soul.optim.configs import OptimizerConfig
 from soul.rundir import write_atomically
 from soul.train.config import TrainConfig
-from soul.train.engine import Engine, EngineConfig
+from soul.train.engine import BuildModel, BuildOptimizer, Engine, EngineConfig
 from soul.train.loop import Hooks, Progress, train
 from soul.train.lora import add_adapters
 from soul.train.moved import MovedWeights
@@ -90,12 +90,7 @@ def run_job(
     plan, stores = job.source.open()
     total = job.train.total_steps(plan.steps_per_epoch)
 
-    def build_model() -> nn.Module:
-        model = load_model(job.model, revision=job.revision, trust_remote_code=job.trust_remote_code)
-        return model if job.train.lora_rank is None else add_adapters(model, job.train.lora_rank, seed=job.train.seed)
-
-    eager_state = engine.config.name != "deepspeed"  # which replaces the parameters
-    engine.prepare(build_model, lambda model: job.optimizer.build(model.named_parameters(), eager_state=eager_state))
+    engine.prepare(*_builders(job))
     moved = MovedWeights(engine)
     progress = Progress()
     if resume_from is not None:
@@ -137,6 +132,17 @@ def run_job(
     )
     engine.export(Path(job.export), tokenizer=tokenizer, dtype=_export_dtype(job))
     return JobResult(progress.step, progress.tokens, progress.seconds, peak_memory_bytes(engine), state_bytes(engine), progress.epochs)
+
+
+def _builders(job: TrainJob) -> tuple[BuildModel, BuildOptimizer]:
+    """How the engine is to make model and optimizer."""
+
+    def build_model() -> nn.Module:
+        model = load_model(job.model, revision=job.revision, trust_remote_code=job.trust_remote_code)
+        return model if job.train.lora_rank is None else add_adapters(model, job.train.lora_rank, seed=job.train.seed)
+
+    eager_state = job.engine.name != "deepspeed"  # which replaces the parameters
+    return build_model, lambda model: job.optimizer.build(model.named_parameters(), eager_state=eager_state)
 
 
 def _export_dtype(job: TrainJob) -> torch.dtype:
