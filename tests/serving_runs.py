@@ -1,0 +1,71 @@
+"""Run directories with tiny models and invented reports, for the tests of the gate and of the server."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from soul.data.fictitious import fictitious_splits
+from soul.models.load import save_model
+from soul.models.tiny import TinyConfig, tiny_model, tiny_tokenizer
+from soul.report.seal import make_seal
+
+TINY = TinyConfig(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, vocab_size=600, max_length=256)
+PASSING = {"target": (0.95, 0.90, 0.60), "unlearned": (0.33, 0.50, 0.58), "retrained": (0.30, 0.48, 0.59)}
+
+
+def write_model(folder: Path, seed: int) -> Path:
+    texts = [f"{record.prompt} {record.response}" for record in fictitious_splits(2, num_holdout_authors=1)["full"]]
+    tokenizer = tiny_tokenizer(texts, TINY.vocab_size)
+    save_model(folder, tiny_model(TINY, tokenizer, seed=seed), tokenizer)
+    return folder
+
+
+def write_run(folder: Path, *, seed: int = 0, numbers: dict[str, tuple[float, float, float] | None] | None = None) -> Path:
+    """`numbers`: ROUGE-L and exact memory on the forget rows, and utility, of each model; a model that is None was not measured."""
+    told = PASSING if numbers is None else numbers
+    folder.mkdir(parents=True, exist_ok=True)
+    write_model(folder / "model", seed)
+    standards = {name: write_model(folder.parent / f"{folder.name}-{name}", 100 + place) for place, name in enumerate(("target", "retrained"))}
+    models = {name: None if values is None else _entry(*values) for name, values in told.items()}
+    document: dict[str, Any] = {
+        "schema": 1,
+        "benchmark": "fictitious/forget05",
+        "method": "npo",
+        "optimizer": "sophia",
+        "seed": 0,
+        "splits": {"forget": 3, "retain": 5},
+        "models": models,
+        "epochs": [],
+        "cost": {"train_s": 1.0, "eval_s": 1.0, "tokens_per_s": 1.0, "peak_memory_bytes": 1, "optimizer_state_bytes_per_rank": 1},
+        "settings": {},
+        "reasons": {f"models.{name}": "it was not given" for name, entry in models.items() if entry is None},
+    }
+    (folder / "results.json").write_text(json.dumps(document))
+    data = {"source": "fictitious", "forget": "forget10", "retain": None, "num_authors": 10, "seed": 0, "chat": "auto"}
+    (folder / "config.json").write_text(json.dumps({"data": data}))
+    (folder / "report.html").write_text("<!doctype html><title>report</title>")
+    return reseal(folder, standards)
+
+
+def reseal(folder: Path, standards: dict[str, Path]) -> Path:
+    seal = make_seal(folder, {"unlearned": folder / "model", **standards})
+    (folder / "manifest.json").write_text(json.dumps({"seal": seal.model_dump()}))
+    return folder
+
+
+def _entry(rouge: float, memorized: float, utility: float) -> dict[str, Any]:
+    metrics = {"rougeL_recall": rouge, "exact_memorization": memorized}
+    why = "not part of this test"
+    return {
+        "forget": metrics,
+        "retain": metrics,
+        "real_authors": None,
+        "world_facts": None,
+        "forget_quality": None,
+        "forget_quality_ks": None,
+        "model_utility": utility,
+        "mia_auc": None,
+        "reasons": {name: why for name in ("real_authors", "world_facts", "forget_quality", "forget_quality_ks", "mia_auc")},
+    }
