@@ -60,13 +60,7 @@ def write_outcome(
             "retrained": gold,
         },
         epochs=[EpochRow(**row) for row in trained.epochs],
-        cost=Cost(
-            train_s=trained.train_s,
-            eval_s=unlearned.seconds,
-            tokens_per_s=trained.tokens / max(trained.train_s, 1e-9),
-            peak_memory_bytes=trained.peak_memory_bytes or None,
-            optimizer_state_bytes_per_rank=trained.optimizer_state_bytes_per_rank,
-        ),
+        cost=_cost(trained, unlearned),
         settings=_settings(config),
         reasons=reasons,
     )
@@ -84,6 +78,16 @@ def write_outcome(
             # what soul.serving's gate compares: this report, and the models it judged
             "seal": make_seal(run.path, {"unlearned": run.model, **local}).model_dump(),
         },
+    )
+
+
+def _cost(trained: JobResult, unlearned: Judged) -> Cost:
+    return Cost(
+        train_s=trained.train_s,
+        eval_s=unlearned.seconds,
+        tokens_per_s=trained.tokens / max(trained.train_s, 1e-9),
+        peak_memory_bytes=trained.peak_memory_bytes or None,
+        optimizer_state_bytes_per_rank=trained.optimizer_state_bytes_per_rank,
     )
 
 

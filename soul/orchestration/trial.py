@@ -28,9 +28,9 @@ from soul.orchestration.claim import is_done, mark_done, run_dir
 from soul.orchestration.data import Sources
 from soul.orchestration.evaluate import Judge, Judged, plan_for
 from soul.orchestration.outcome import write_outcome
-from soul.orchestration.prepare import given_model
+from soul.orchestration.prepare import Prepared, given_model
 from soul.orchestration.progress import Display
-from soul.orchestration.shared import Shared, judge_shared, share, target_of
+from soul.orchestration.shared import Shared, judge_shared, retrained_of, share, target_of
 from soul.orchestration.train import TrainingStopped, fit
 from soul.records import InputError
 from soul.report.results import load_results
@@ -38,7 +38,7 @@ from soul.rundir import RunDir
 from soul.train.engine import Engine, pick_device
 from soul.train.engines import make_engine
 from soul.train.job import JobResult, TrainJob, run_job
-from soul.train.loop import NonFiniteLoss, Progress
+from soul.train.loop import NonFiniteGradient, NonFiniteLoss, Progress
 
 OnEpoch = Callable[[Mapping[str, Any]], None]
 
@@ -54,7 +54,7 @@ def run_trial(params: dict[str, Any], common: dict[str, Any]) -> None:
     report = Reporter(floor=common["floor"])
     try:
         work(config, command=common["command"], isolated=told["isolated"], report=report)
-    except (InputError, TrainingStopped, NonFiniteLoss) as error:
+    except (InputError, TrainingStopped, NonFiniteLoss, NonFiniteGradient) as error:
         run_dir(config).finish(FAILED, MARK_KEY, {"reason": str(error)})
         tune.report({"failed": 1.0, "epoch": config.train.epochs + 1})
 
@@ -106,7 +106,17 @@ def work(config: Config, *, command: list[str], isolated: bool, report: Reporter
                 report.epoch(epoch)
         unlearned = _judge(config, shared, run, display, isolated=isolated)
         target_judged, retrained = judge_shared(config, shared, display)
-        write_outcome(config, shared.sources, trained, unlearned=unlearned, target=target_judged, retrained=retrained, command=command)
+        gold = retrained_of(config, shared, display)
+        write_outcome(
+            config,
+            shared.sources,
+            trained,
+            unlearned=unlearned,
+            target=target_judged,
+            retrained=retrained,
+            command=command,
+            standards={"target": target.path} | ({"retrained": gold.path} if isinstance(gold, Prepared) else {}),
+        )
         mark_done(config, shared.inputs(config))
         shutil.rmtree(run.checkpoints, ignore_errors=True)  # nothing is left to resume
     report.end({**_final_metrics(run), "epoch": config.train.epochs + 1})
