@@ -28,7 +28,8 @@ class _Optimizer(BaseModel, ABC):
     learning_rate: float = Field(
         1e-5,
         gt=0,
-        description="Peak learning rate (5e-4 for the tiny model trained from scratch unless given). For sophia, signum and soul_release also the furthest a weight can move in one step.",
+        description="Peak learning rate (5e-4 for the tiny model trained from scratch unless given). "
+        "For sophia, signum and soul_release also the furthest a weight can move in one step.",
     )
     weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay per unit of learning rate; biases and norms are exempt.")
 

@@ -25,7 +25,7 @@ from soul.records import InputError
 from soul.train.engine import Engine, EngineConfig
 from soul.train.engines import make_engine
 from soul.train.job import JobResult, TrainJob, run_job
-from soul.train.loop import NonFiniteLoss, Progress
+from soul.train.loop import NonFiniteGradient, NonFiniteLoss, Progress
 
 # Ray chooses the V2 classes at import; what type checkers see under these names is V1's.
 TorchTrainer: Any = ray.train.torch.TorchTrainer
@@ -75,7 +75,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
             return dataclasses.asdict(run(None))
         with checkpoint.as_directory() as folder:
             return dataclasses.asdict(run(Path(folder)))
-    except NonFiniteLoss as error:
+    except (NonFiniteLoss, NonFiniteGradient) as error:
         return {"error": str(error)}
 
 
@@ -175,8 +175,9 @@ def last_step(metrics: Path) -> tuple[int, int]:
     try:
         with metrics.open("rb") as file:
             file.seek(0, 2)
-            file.seek(max(0, file.tell() - 4096))
-            lines = [line for line in file.read().split(b"\n") if line.endswith(b"}") and line.startswith(b"{")]
+            start = max(0, file.tell() - 4096)
+            file.seek(start)
+            lines = file.read().split(b"\n")[1 if start else 0 : -1]  # the first and the last may be torn
     except FileNotFoundError:
         return 0, 0
     if not lines:

@@ -35,6 +35,17 @@ class NonFiniteLoss(ArithmeticError):
         )
 
 
+class NonFiniteGradient(ArithmeticError):
+    """A gradient became NaN or infinite under a finite loss. The weights in memory are lost; no checkpoint holds them."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        super().__init__(
+            f"the gradient is not finite at step {step}, though the loss is; the last checkpoint is kept. "
+            "Lower --learning-rate, or compute with --precision fp32."
+        )
+
+
 @dataclass
 class Progress:
     """Every counter a run continues from; saved in each checkpoint as JSON."""
@@ -117,6 +128,7 @@ def train(
 
     Raises:
         NonFiniteLoss: a term's value is NaN or infinite.
+        NonFiniteGradient: the gradient is, though no term's value was.
     """
     total = config.total_steps(steps_per_epoch)
     telemetry = Telemetry(engine, optimizer, progress.rho, every=config.telemetry_every)
@@ -139,6 +151,8 @@ def train(
         values, tokens = _descend(engine, batches, method, progress.step)
         telemetry.before_step(progress.step)
         info = engine.step()
+        if not math.isfinite(info.grad_norm):
+            raise NonFiniteGradient(progress.step)
         progress.rho = telemetry.after_step(progress.step)
         progress.step += 1
         progress.tokens += int(tokens)

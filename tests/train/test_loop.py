@@ -12,14 +12,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import soul.train.loop
 import soul.train.objective
 from soul.batch import SPLITS, Batch, TokenRow
 from soul.objectives.methods import GA, METHODS, NPO, PO, GradDiff, Method, streamed_splits
+from soul.objectives.terms import Term
 from soul.optim.configs import AdamWConfig, OptimizerConfig, SignumConfig, SophiaConfig
 from soul.optim.curvature import label_uniforms, sample_labels
 from soul.optim.schedule import lr_factor
 from soul.train.config import TrainConfig
-from soul.train.loop import NonFiniteLoss, hessian_splits
+from soul.train.engine import Engine
+from soul.train.loop import NonFiniteGradient, NonFiniteLoss, hessian_splits
+from soul.train.objective import term_sums
 from tests.train.loop_runs import (
     ADAMW,
     METHODS_BY_NAME,
@@ -359,9 +363,19 @@ def test_the_term_that_is_not_finite_is_named(reference: float | None) -> None:
     assert caught.value.terms == ("forget",)
 
 
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def overflowing(engine: Engine, batch: Batch, terms: Sequence[Term]) -> list[Tensor]:
+        return [value + torch.sqrt(value - value.detach()) * 0 for value in term_sums(engine, batch, terms)]  # sqrt'(0) is infinite
+
+    monkeypatch.setattr(soul.train.loop, "term_sums", overflowing)
+    with pytest.raises(NonFiniteGradient, match="the gradient is not finite at step 0, though the loss is") as caught:
+        trained(GradDiff(), ADAMW)
+    assert caught.value.step == 0
+
+
 def test_a_run_that_diverges_is_stopped() -> None:
     optimizer = AdamWConfig(learning_rate=1e30)
     run = new_run(optimizer)
-    with pytest.raises(NonFiniteLoss):
+    with pytest.raises((NonFiniteLoss, NonFiniteGradient)):
         go(run, GradDiff(), optimizer)
     assert all(math.isfinite(row["loss"]) for row in run.rows)
