@@ -52,6 +52,9 @@ class GridConfig(BaseModel):
     max_concurrent: int | None = Field(None, ge=1, description="runs at a time (null: as many as the cluster has room for)")
     isolated: bool = Field(False, description="every run in processes of its own (Ray Train): comparable peak memory, 10 s more each")
     finetune: bool = Field(False, description="models are base models: fine-tune them on the data first")
+    retrained: str | None = Field(
+        None, min_length=1, description="gold standard of the one model that is given by path: a folder, a run directory or a log"
+    )
     report: bool = Field(False, description="only rebuild the report of what has run so far")
     data: DataConfig = _of_a_run("data")
     prepare: PrepareConfig = _of_a_run("prepare")
@@ -92,6 +95,8 @@ class GridConfig(BaseModel):
                     )
         if self.preset != "paper" and self.learning_rate_scale != 1.0:
             raise ValueError("learning_rate_scale belongs to the paper preset. Remove it, or set preset (--preset) to paper.")
+        if self.retrained is not None and len([model for model in self.models if model not in TINY_MODELS]) != 1:
+            raise ValueError("retrained belongs to one model given by path. Name exactly one such model, or remove it.")
         if self.search == "asha" and self.runs_alone:
             raise ValueError("an asha search needs runs that share processes. Remove isolated, and use the engine single.")
         for cell, choices in self.cells().items():
@@ -138,7 +143,9 @@ class GridConfig(BaseModel):
     def run_config(self, trial: Trial) -> Config:
         """The config of one run, in its folder under trials/."""
         name = trial.cell.model
-        model: dict[str, Any] = {"tiny": TINY_MODELS[name]} if name in TINY_MODELS else {"path": name, "finetune": self.finetune}
+        model: dict[str, Any] = (
+            {"tiny": TINY_MODELS[name]} if name in TINY_MODELS else {"path": name, "finetune": self.finetune, "retrained": self.retrained}
+        )
         return Config.model_validate(
             {
                 "data": self.data.model_dump(),

@@ -178,6 +178,8 @@ def test_other_models_are_paths_and_their_default_rates_are_smaller() -> None:
         ({"search": "asha", "isolated": True}, "asha"),
         ({"learning_rates": (-1.0,)}, "learning_rate"),
         ({"methods": ()}, "methods"),
+        ({"retrained": "runs/gold"}, "one model given by path"),
+        ({"retrained": "runs/gold", "models": ("a/b", "a/c")}, "one model given by path"),
     ],
 )
 def test_impossible_grids_are_refused(settings: dict[str, object], words: str) -> None:
