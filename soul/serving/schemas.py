@@ -199,7 +199,7 @@ def parse(kind: type[Request], body: bytes) -> Request:
         given = from_json(body, allow_inf_nan=False)
     except ValueError as error:
         where = str(error).rpartition(" at ")[2] if " at line " in str(error) else "an unknown place"
-        raise refuse(400, f"the body is not JSON in UTF-8 (at {where}).", "invalid_json") from None
+        raise refuse(400, f"the body cannot be read, it is not JSON in UTF-8 (at {where}).", "invalid_json") from None
     if not isinstance(given, dict):
         raise refuse(400, "the body is not a JSON object.", "invalid_json")
     try:

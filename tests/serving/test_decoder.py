@@ -77,7 +77,9 @@ def test_a_cancelled_row_leaves_and_the_others_go_on(model: PreTrainedModel) -> 
     finish(batch)
     assert len(rows[1].tokens) == 1
     for row in (rows[0], rows[2], rows[3]):
-        assert tuple(row.tokens) == generate_batch(model, [row.prompt], pad_id=0, eos_ids=[], max_new_tokens=9, device=torch.device("cpu"))[0]
+        assert (
+            tuple(row.tokens) == generate_batch(model, [row.prompt], pad_id=0, eos_ids=[], max_new_tokens=9, device=torch.device("cpu"))[0]
+        )
 
 
 def test_sampled_tokens_follow_the_seed_and_not_the_company(model: PreTrainedModel) -> None:
