@@ -113,6 +113,15 @@ def _descend(engine: Engine, batches: Sequence[Batch], method: Method, step: int
     return values, tokens
 
 
+def _set_rate(engine: Engine, optimizer: OptimizerConfig, config: TrainConfig, *, step: int, total: int) -> float:
+    """Give every parameter group the learning rate of this step; returns it."""
+    factor = lr_factor(step, total_steps=total, warmup_fraction=config.warmup_fraction, schedule=config.schedule)
+    rate = optimizer.learning_rate * factor
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
 def train(
     engine: Engine,
     *,
@@ -143,11 +152,7 @@ def train(
             _measure_curvature(engine, batches, method, optimizer, progress, config.seed)
         if isinstance(engine.optimizer, SophiaG):
             engine.optimizer.set_hessian_updates(progress.hessian_updates)  # not in checkpoints: a resumed run counts from here
-        rate = optimizer.learning_rate * lr_factor(
-            progress.step, total_steps=total, warmup_fraction=config.warmup_fraction, schedule=config.schedule
-        )
-        for group in engine.optimizer.param_groups:
-            group["lr"] = rate
+        rate = _set_rate(engine, optimizer, config, step=progress.step, total=total)
         values, tokens = _descend(engine, batches, method, progress.step)
         telemetry.before_step(progress.step)
         info = engine.step()
