@@ -1,8 +1,8 @@
 """First- against second-order optimizers, honestly: the same learning-rate search for each, then fresh seeds on rows the search never saw.
 
 Stage 1 tries every learning rate of one grid with every optimizer on one seed and looks at likelihoods of the selection half of the rows.
-Stage 2 runs other seeds, at equal learning rates and at each optimizer's selected one, and evaluates the report half in full. Every
-finished cell is a file, so an interrupted comparison continues where it stopped.
+Stage 2 runs other seeds, at equal learning rates and at the ones selected for each optimizer, and evaluates the report half in full.
+Every finished cell is a file, so an interrupted comparison continues where it stopped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from soul.benchmarks.preparation import Prepared, Say, prepare
-from soul.benchmarks.selection import Selection, Trial, select
+from soul.benchmarks.selection import RULES, Bounds, Rule, Selection, Trial, select
 from soul.data.sources import Benchmark
 from soul.evaluate.eval_log import EvalLog
 from soul.evaluate.evaluator import Evaluation, evaluate_model
@@ -28,6 +28,7 @@ from soul.models.load import load_model, load_tokenizer
 from soul.models.tiny import TinyConfig
 from soul.objectives.methods import METHODS, Method, needs_reference, streamed_splits
 from soul.optim.configs import OPTIMIZERS
+from soul.records import InputError
 from soul.rundir import digest, write_json
 from soul.train.config import TrainConfig
 from soul.train.engine import EngineConfig, pick_device
@@ -39,7 +40,7 @@ SEARCH_SEED = 0  # the report's seeds are 1, 2, ...
 
 MethodName = Literal["ga", "grad_diff", "po", "npo"]
 OptimizerName = Literal["adamw", "sophia", "soul_release", "signum"]
-Positive = Field(gt=0)
+Kind = Literal["equal", "keep", "forget"]
 
 
 class ComparisonSettings(BaseModel):
@@ -55,11 +56,12 @@ class ComparisonSettings(BaseModel):
         (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3), min_length=1, description="the search grid, the same for every optimizer"
     )
     equal_learning_rates: tuple[float, ...] = Field(
-        (1e-4,), description="rates at which all optimizers are also compared, besides the one the baseline selects"
+        (1e-4,), description="rates at which all optimizers are also compared, besides those that the baseline selects"
     )
     seeds: int = Field(3, ge=1, description="seeds of the report; none of them is the search's")
     retain_weight: float = Field(1.0, ge=0, description="weight of the retain loss, the same for every optimizer")
-    retain_floor: float = Field(0.9, gt=0, le=1, description="share of the target's retain probability that a selected rate has to keep")
+    retain_floor: float = Field(0.9, gt=0, le=1, description="share of the target's retain probability that a rate has to keep")
+    forget_ceiling: float = Field(0.1, gt=0, le=1, description="share of the target's forget probability that a rate may leave")
     epochs: int = Field(5, ge=1, description="passes over the forget rows")
     batch_size: int = Field(4, ge=1, description="forget rows per step; as many retain rows join them")
     prepare_steps: int = Field(1000, ge=1, description="optimizer steps that make the target and the retrained model")
@@ -104,13 +106,22 @@ class Cell:
 class Group:
     """Runs that are compared with each other: one learning rate per optimizer, and each one's cells in the order of the seeds.
 
-    `kind` "selected" gives every optimizer its own selected rate, "equal" the same rate to all.
+    `kinds` says how the rates came about: "equal" is one for all, a rule's name is what the rule selects for each. Several where they
+    come to the same rates.
     """
 
     method: MethodName
-    kind: Literal["equal", "selected"]
+    kinds: tuple[Kind, ...]
     learning_rates: Mapping[str, float]
     cells: Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Search:
+    """One optimizer's search with one method."""
+
+    trials: tuple[Trial, ...]
+    selections: Mapping[Rule, Selection]
 
 
 @dataclass(frozen=True)
@@ -124,8 +135,8 @@ class ComparisonResult:
     longest_answer: int
     steps: int
     models: Mapping[str, Mapping[str, Any]]
-    target_probabilities: Mapping[str, float]
-    selections: Mapping[tuple[str, str], Selection]
+    bounds: Bounds
+    searches: Mapping[tuple[str, str], Search]
     groups: Sequence[Group]
 
 
@@ -218,47 +229,54 @@ def method_of(name: MethodName, retain_weight: float) -> Method:
 def compare(benchmark: Benchmark, settings: ComparisonSettings, folder: Path, *, say: Say = lambda line: None) -> ComparisonResult:
     """Run what is missing in `folder`, and gather everything. `say` hears a line per finished cell."""
     bench = Bench(benchmark, settings, folder, say)
-    selections: dict[tuple[str, str], Selection] = {}
-    start: Mapping[str, Any] = {}
-    for method in settings.methods:
-        for optimizer in settings.optimizers:
-            cells = [bench.run(Cell("search", method, optimizer, rate, SEARCH_SEED)) for rate in settings.learning_rates]
-            start = next((cell["start"] for cell in cells if "start" in cell), start)
-            trials = [_trial(rate, cell) for rate, cell in zip(settings.learning_rates, cells, strict=True)]
-            target_retain = start["retain"]["probability"] if start else 1.0
-            selections[method, optimizer] = select(trials, target_retain=target_retain, floor=settings.retain_floor)
-    groups = [group for method in settings.methods for group in _groups(bench, method, selections)]
-    sizes = {f"{split} (report half)": len(bench.prepared.report_rows[split]) for split in ("forget", "retain")}
-    sizes |= {split: len(rows) for split, rows in bench.prepared.report_rows.items() if split not in ("forget", "retain")}
-    sizes |= {f"{split} (trained on)": len(benchmark.splits[split]) for split in ("forget", "retain")}
+    found = {
+        (method, optimizer): [bench.run(Cell("search", method, optimizer, rate, SEARCH_SEED)) for rate in settings.learning_rates]
+        for method in settings.methods
+        for optimizer in settings.optimizers
+    }
+    start = next((cell["start"] for cells in found.values() for cell in cells if "start" in cell), None)
+    if start is None:
+        raise InputError("every run of the search diverged. Give smaller learning rates (--learning-rates).")
+    target_forget, target_retain = (start[split]["probability"] for split in ("forget", "retain"))
+    bounds = Bounds(target_forget, target_retain, settings.retain_floor, settings.forget_ceiling)
+    searches: dict[tuple[str, str], Search] = {}
+    for pair, cells in found.items():
+        trials = tuple(_trial(rate, cell) for rate, cell in zip(settings.learning_rates, cells, strict=True))
+        searches[pair] = Search(trials, {rule: select(trials, rule, bounds) for rule in RULES})
+    rows = bench.prepared.report_rows
     return ComparisonResult(
         settings=settings,
         benchmark=benchmark.name,
-        sizes=sizes,
+        sizes={f"{split} (report half)" if split in ("forget", "retain") else split: len(records) for split, records in rows.items()}
+        | {f"{split} (trained on)": len(benchmark.splits[split]) for split in ("forget", "retain")},
         max_new_tokens=bench.max_new_tokens,
         longest_answer=bench.prepared.longest_answer,
         steps=settings.epochs * -(-len(benchmark.splits["forget"]) // settings.batch_size),
         models=bench.models,
-        target_probabilities={split: start[split]["probability"] for split in ("forget", "retain") if start},
-        selections=selections,
-        groups=groups,
+        bounds=bounds,
+        searches=searches,
+        groups=[group for method in settings.methods for group in _groups(bench, method, searches)],
     )
 
 
-def _groups(bench: Bench, method: MethodName, selections: Mapping[tuple[str, str], Selection]) -> list[Group]:
+def _groups(bench: Bench, method: MethodName, searches: Mapping[tuple[str, str], Search]) -> list[Group]:
+    """Equal rates in rising order, then what each rule selects; equal choices of rates are one group."""
     settings = bench.settings
-    own = {optimizer: selections[method, optimizer].learning_rate for optimizer in settings.optimizers}
-    equal = sorted({*settings.equal_learning_rates, own[settings.baseline]})
-    wanted: list[tuple[Literal["equal", "selected"], dict[str, float]]] = []
-    wanted += [("equal", dict.fromkeys(settings.optimizers, rate)) for rate in equal]
-    wanted.append(("selected", {optimizer: own[optimizer] for optimizer in settings.optimizers}))
+    selected = {
+        rule: tuple(searches[method, optimizer].selections[rule].learning_rate for optimizer in settings.optimizers) for rule in RULES
+    }
+    equal = sorted({*settings.equal_learning_rates, *(rates[0] for rates in selected.values())})
+    kinds: dict[tuple[float, ...], list[Kind]] = {(rate,) * len(settings.optimizers): ["equal"] for rate in equal}
+    for rule, rates in selected.items():
+        kinds.setdefault(rates, []).append(rule)
     groups = []
-    for kind, rates in wanted:
+    for rates, names in kinds.items():
+        rate_of: dict[str, float] = dict(zip(settings.optimizers, rates, strict=True))
         cells: dict[str, Sequence[Mapping[str, Any]]] = {
-            optimizer: [bench.run(Cell("report", method, optimizer, rates[optimizer], seed)) for seed in settings.report_seeds]
-            for optimizer in settings.optimizers
+            optimizer: [bench.run(Cell("report", method, optimizer, rate, seed)) for seed in settings.report_seeds]
+            for optimizer, rate in zip(settings.optimizers, rates, strict=True)
         }
-        groups.append(Group(method, kind, rates, cells))
+        groups.append(Group(method, tuple(names), rate_of, cells))
     return groups
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from rich import box
@@ -14,83 +13,55 @@ from rich.table import Table
 from rich.text import Text
 
 from soul.benchmarks.comparison import ComparisonResult, Group
-from soul.benchmarks.paired import CONFIDENCE, Difference, Summary, paired_difference, summary
-from soul.benchmarks.selection import RULE
+from soul.benchmarks.findings import (
+    FORGET_QUALITY,
+    METRICS,
+    conclusions,
+    differences,
+    setting,
+    statements,
+    summaries,
+    title,
+    value,
+    warnings,
+)
+from soul.benchmarks.paired import Difference, Summary, summary
+from soul.benchmarks.selection import RULES
 from soul.objectives.methods import TITLES
 
-FORGET_QUALITY: Final = "forget_quality_log10_p"
-METRICS: Final[Mapping[str, str]] = {
-    "forget.rougeL_recall": "forget ROUGE-L",
-    "forget.probability": "forget prob.",
-    "forget.exact_memorization": "forget exact mem.",
-    "forget.truth_ratio": "forget truth ratio",
-    "retain.rougeL_recall": "retain ROUGE-L",
-    "retain.probability": "retain prob.",
-    "real_authors.rougeL_recall": "authors ROUGE-L",
-    "world_facts.rougeL_recall": "facts ROUGE-L",
-    "model_utility": "utility",
-    FORGET_QUALITY: "forget quality log10 p",
-}
-PRIMARY: Final = ("forget.rougeL_recall", "retain.rougeL_recall")
-ON_TERMINAL: Final = (*PRIMARY, "forget.probability", "retain.probability", "model_utility", FORGET_QUALITY)
-SMALLEST_P: Final = 1e-300
+ON_TERMINAL: Final = (
+    "forget.rougeL_recall",
+    "retain.rougeL_recall",
+    "forget.probability",
+    "retain.probability",
+    "model_utility",
+    FORGET_QUALITY,
+)
+MARKS: Final = {"keep": "k", "forget": "f"}
 DASH: Final = "-"
-
-
-def value(scores: Mapping[str, Any] | None, path: str) -> float | None:
-    """A metric of a model's entry; None where it was not measured or the run diverged."""
-    if scores is None:
-        return None
-    if path == FORGET_QUALITY:
-        p_value = scores["forget_quality"]
-        return None if p_value is None else math.log10(max(p_value, SMALLEST_P))
-    split, _, metric = path.partition(".")
-    found = scores[split] if not metric else (scores[split] or {}).get(metric)
-    return None if found is None else float(found)
-
-
-def values(group: Group, optimizer: str, path: str) -> list[float | None]:
-    return [value(cell.get("scores"), path) for cell in group.cells[optimizer]]
-
-
-def summaries(group: Group) -> dict[str, dict[str, Summary]]:
-    """optimizer -> metric -> summary over the seeds."""
-    return {optimizer: {path: summary(values(group, optimizer, path)) for path in METRICS} for optimizer in group.cells}
-
-
-def differences(group: Group, baseline: str) -> dict[str, dict[str, Difference]]:
-    """other optimizer -> metric -> baseline minus other, paired by seed."""
-    return {
-        other: {path: paired_difference(values(group, baseline, path), values(group, other, path)) for path in METRICS}
-        for other in group.cells
-        if other != baseline
-    }
-
-
-def group_title(group: Group, baseline: str, selected: float) -> str:
-    method = TITLES[group.method]
-    if group.kind == "selected":
-        return f"{method}, after the search: each optimizer at its own selected rate"
-    rate = group.learning_rates[baseline]
-    return f"{method}, equal learning rate {rate:g}" + (f" (the one {baseline} selects)" if rate == selected else "")
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """A table before it is printed somewhere."""
+    """A table before it is printed somewhere; a `part` belongs to the one above it."""
 
     title: str
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    part: bool = False
 
 
-def results_grid(result: ComparisonResult, group: Group, title: str, paths: Sequence[str] = tuple(METRICS)) -> Grid:
+def results_grid(result: ComparisonResult, group: Group, paths: Sequence[str]) -> Grid:
     """Mean ± sd over the seeds, between the target and the retrained model."""
-    rows = [("target", DASH, *(_number(value(result.models["target"], path)) for path in paths), DASH, DASH)]
+
+    def model_row(name: str) -> tuple[str, ...]:
+        return (name, DASH, *(_number(value(result.models[name], path)) for path in paths), DASH, DASH)
+
+    rows = [model_row("target")]
     for optimizer, found in summaries(group).items():
         cells = group.cells[optimizer]
-        cost = summary([cell["train_s"] for cell in cells]).mean
         reach = summary([cell["telemetry"]["update_norm"] for cell in cells]).mean
+        cost = summary([cell["train_s"] for cell in cells]).mean
         rows.append(
             (
                 optimizer,
@@ -100,8 +71,14 @@ def results_grid(result: ComparisonResult, group: Group, title: str, paths: Sequ
                 DASH if cost is None else f"{cost:.1f}",
             )
         )
-    rows.append(("retrained", DASH, *(_number(value(result.models["retrained"], path)) for path in paths), DASH, DASH))
-    return Grid(title, ("model", "lr", *(METRICS[path] for path in paths), "update norm", "train s"), tuple(rows))
+    rows.append(model_row("retrained"))
+    return Grid(title(group), ("model", "lr", *(METRICS[path] for path in paths), "update norm", "train s"), tuple(rows))
+
+
+def differences_grid(group: Group, baseline: str, paths: Sequence[str]) -> Grid:
+    found = differences(group, baseline)
+    rows = tuple((METRICS[path], *(difference_text(found[other][path]) for other in found)) for path in paths)
+    return Grid(f"{baseline} minus the other, paired by seed", ("metric", *found), rows, part=True)
 
 
 def seeds_grid(group: Group, seeds: Sequence[int]) -> Grid:
@@ -110,29 +87,25 @@ def seeds_grid(group: Group, seeds: Sequence[int]) -> Grid:
         for optimizer, found in summaries(group).items()
         for place, seed in enumerate(seeds)
     )
-    return Grid("Every seed", ("optimizer", "seed", *METRICS.values()), rows)
-
-
-def differences_grid(group: Group, baseline: str, paths: Sequence[str] = tuple(METRICS)) -> Grid:
-    found = differences(group, baseline)
-    rows = tuple((METRICS[path], *(difference_text(found[other][path]) for other in found)) for path in paths)
-    return Grid(f"{baseline} minus the other, paired by seed", ("metric", *found), rows)
+    return Grid("Every seed", ("optimizer", "seed", *METRICS.values()), rows, part=True)
 
 
 def search_grid(result: ComparisonResult, method: str) -> Grid:
     settings = result.settings
-    head = ("lr", *settings.optimizers)
     rows = []
     for place, rate in enumerate(settings.learning_rates):
-        cells = []
+        cells = [f"{rate:g}"]
         for optimizer in settings.optimizers:
-            selection = result.selections[method, optimizer]
-            trial = selection.trials[place]
-            text = f"{_number(trial.forget_probability)} / {_number(trial.retain_probability)}"
-            text = "diverged" if trial.forget_probability is None else text
-            cells.append(f"{text} *" if selection.learning_rate == rate else text)
-        rows.append((f"{rate:g}", *cells))
-    return Grid(f"{TITLES[method]}, search: forget / retain probability on the selection half, * selected", head, tuple(rows))
+            search = result.searches[method, optimizer]
+            trial = search.trials[place]
+            marks = "".join(f" {MARKS[rule]}" for rule, selection in search.selections.items() if selection.learning_rate == rate)
+            both = f"{_number(trial.forget_probability)} / {_number(trial.retain_probability)}{marks}"
+            cells.append("diverged" if trial.forget_probability is None else both)
+        rows.append(tuple(cells))
+    key = ", ".join(f"{mark} selected by rule {rule}" for rule, mark in MARKS.items())
+    target = f"target {_number(result.bounds.target_forget)} / {_number(result.bounds.target_retain)}"
+    name = f"{TITLES[method]}, search: forget / retain probability on the selection half ({target}; {key})"
+    return Grid(name, ("lr", *settings.optimizers), tuple(rows))
 
 
 def difference_text(difference: Difference) -> str:
@@ -140,8 +113,7 @@ def difference_text(difference: Difference) -> str:
         return DASH
     if difference.low is None or difference.high is None:
         return f"{difference.mean:+.3f} (no interval: one pair)"
-    interval = f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
-    return f"{interval} survives" if difference.verdict == "survives" else f"{interval} inside the noise"
+    return f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}] {difference.verdict}"
 
 
 def _number(number: float | None) -> str:
@@ -151,135 +123,69 @@ def _number(number: float | None) -> str:
 def _mean_sd(found: Summary) -> str:
     if found.mean is None:
         return DASH
-    missing = sum(one is None for one in found.values)
-    note = f" (n = {len(found.values) - missing})" if missing else ""
+    num_present = sum(one is not None for one in found.values)
+    note = f" (n = {num_present})" if num_present < len(found.values) else ""
     return f"{found.mean:.2f}" + ("" if found.sd is None else f" ± {found.sd:.2f}") + note
 
 
-def statements(result: ComparisonResult) -> Iterator[str]:
-    """What survives, in words: per comparison the metrics whose interval leaves zero out, the two main ones first."""
-    baseline = result.settings.baseline
-    intervals: set[tuple[str, float, str, float, str]] = set()  # the groups share runs where rates coincide
-    for group in result.groups:
-        title = group_title(group, baseline, result.selections[group.method, baseline].learning_rate)
-        for other, found in differences(group, baseline).items():
-            pair = (group.method, group.learning_rates[baseline], other, group.learning_rates[other])
-            intervals |= {(*pair, path) for path, difference in found.items() if difference.low is not None}
-            surviving = [path for path, difference in found.items() if difference.verdict == "survives"]
-            ordered = sorted(surviving, key=lambda path: path not in PRIMARY)
-            listed = "; ".join(f"{METRICS[path]} {baseline} {_signed(found[path])}" for path in ordered)
-            rates = "" if group.kind == "equal" else f" ({group.learning_rates[baseline]:g} against {group.learning_rates[other]:g})"
-            yield f"{title}: {baseline} against {other}{rates}: {listed or 'nothing survives, every difference is inside the noise'}."
-    if intervals:
-        chance = (1 - CONFIDENCE) * len(intervals)
-        yield (
-            f"{len(intervals)} intervals at {CONFIDENCE:.0%} were computed: about {chance:.0f} of them would leave zero out by chance if "
-            "nothing differed. Seeds vary data order and sampled labels only: there is one target model and one forget set, so nothing is "
-            "said about others."
-        )
-
-
-def _signed(difference: Difference) -> str:
-    assert difference.mean is not None
-    side = "higher" if difference.mean > 0 else "lower"
-    return f"{side} by {abs(difference.mean):.2g}"
-
-
-def warnings(result: ComparisonResult) -> Iterator[str]:
-    for (method, optimizer), selection in result.selections.items():
-        who = f"{TITLES[method]} with {optimizer}"
-        if not selection.qualifies:
-            yield f"{who}: no learning rate of the grid keeps enough of retain; the best for retain was taken."
-        if selection.at_edge:
-            yield f"{who}: the selected rate {selection.learning_rate:g} is at the grid's edge; a better one may lie outside."
-    cap, longest = result.max_new_tokens, result.longest_answer
-    if longest > cap:
-        yield f"Generation stops at {cap} tokens, but the longest reference has {longest}: ROUGE-L cannot reach 1 on it."
-
-
-def grids(result: ComparisonResult, paths: Sequence[str] = tuple(METRICS)) -> Iterator[Grid]:
-    baseline = result.settings.baseline
-    for group in result.groups:
-        title = group_title(group, baseline, result.selections[group.method, baseline].learning_rate)
-        yield results_grid(result, group, title, paths)
-        yield differences_grid(group, baseline, paths)
-        yield seeds_grid(group, result.settings.report_seeds)
+def grids(result: ComparisonResult, paths: Sequence[str] = tuple(METRICS), *, every_seed: bool = True) -> Iterator[Grid]:
     for method in result.settings.methods:
         yield search_grid(result, method)
+        for group in result.groups:
+            if group.method == method:
+                yield results_grid(result, group, paths)
+                yield differences_grid(group, result.settings.baseline, paths)
+                if every_seed:
+                    yield seeds_grid(group, result.settings.report_seeds)
 
 
 def markdown(result: ComparisonResult) -> str:
     """comparison.md."""
-    parts = ["# First- against second-order optimizers", setting_text(result), "## What survives"]
-    parts += ["\n".join(f"- {line}" for line in statements(result))]
-    parts += ["\n".join(f"- {line}" for line in warnings(result))]
+    parts = ["# First- against second-order optimizers", *setting(result)]
+    for heading, lines in (
+        ("What survives the search", conclusions(result)),
+        ("Comparison by comparison", statements(result)),
+        ("Warnings", warnings(result)),
+    ):
+        listed = "\n".join(f"- {line}" for line in lines)
+        parts += [f"## {heading}", listed] if listed else []
     for grid in grids(result):
-        parts += [f"## {grid.title}" if grid.head[0] in ("model", "lr") else f"### {grid.title}"]
-        lines = [grid.head, ("---", *("---:" for _ in grid.head[1:])), *grid.rows]
-        parts += ["\n".join(f"| {' | '.join(cells)} |" for cells in lines)]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def setting_text(result: ComparisonResult) -> str:
-    settings = result.settings
-    sizes = ", ".join(f"{name} {size}" for name, size in result.sizes.items())
-    return (
-        f"Rows of {result.benchmark}: {sizes}. {result.steps} steps of {settings.batch_size} forget and as many retain rows, retain "
-        f"weight {settings.retain_weight:g}; warm-up 10 %, linear decay, gradient norm clipped to 1, weight decay 0.1. Every optimizer "
-        f"gets the same {len(settings.learning_rates)} learning rates on one seed and the selection half of the evaluated rows; selected "
-        f"is {RULE.format(floor=settings.retain_floor)}. The tables show {settings.seeds} other seeds on the report half; answers are "
-        f"generated with at most {result.max_new_tokens} tokens (the longest reference has {result.longest_answer}). Unlearning sees all "
-        "forget rows, of both halves."
-    )
+        lines_of = [grid.head, ("---", *("---:" for _ in grid.head[1:])), *grid.rows]
+        parts += [f"{'###' if grid.part else '##'} {grid.title}", "\n".join(f"| {' | '.join(cells)} |" for cells in lines_of)]
+    return "\n\n".join(parts) + "\n"
 
 
 def terminal(result: ComparisonResult) -> RenderableType:
-    """For `rich.print`: the tables without the single seeds, then what survives."""
+    """For `rich.print`: the main columns, then what survives."""
     shown: list[RenderableType] = []
-    for grid in grids(result, ON_TERMINAL):
-        if grid.head[1] == "seed":
-            continue
+    for grid in grids(result, ON_TERMINAL, every_seed=False):
         table = Table(*grid.head, title=Text(grid.title), box=box.SIMPLE_HEAD, pad_edge=False)
         for row in grid.rows:
             table.add_row(*map(Text, row))
         shown.append(table)
-    return Renderables(*shown, *(Text(line) for line in (*statements(result), *warnings(result))))
+    return Renderables(*shown, *(Text(f"{line}\n") for line in (*warnings(result), *conclusions(result))))
 
 
 def to_json(result: ComparisonResult) -> dict[str, Any]:
     """comparison.json."""
-    baseline = result.settings.baseline
+    settings = result.settings
     return {
         "schema": 1,
         "benchmark": result.benchmark,
-        "settings": result.settings.model_dump(mode="json"),
+        "settings": settings.model_dump(mode="json"),
         "sizes": dict(result.sizes),
         "max_new_tokens": result.max_new_tokens,
         "longest_answer": result.longest_answer,
         "steps": result.steps,
-        "rule": RULE.format(floor=result.settings.retain_floor),
+        "rules": {rule: text.format(floor=settings.retain_floor, ceiling=settings.forget_ceiling) for rule, text in RULES.items()},
+        "bounds": asdict(result.bounds),
         "models": {name: dict(entry) for name, entry in result.models.items()},
         "search": {
-            method: {
-                optimizer: {
-                    "learning_rate": selection.learning_rate,
-                    "qualifies": selection.qualifies,
-                    "at_edge": selection.at_edge,
-                    "trials": [
-                        {
-                            "learning_rate": t.learning_rate,
-                            "forget_probability": t.forget_probability,
-                            "retain_probability": t.retain_probability,
-                        }
-                        for t in selection.trials
-                    ],
-                }
-                for optimizer in result.settings.optimizers
-                for selection in [result.selections[method, optimizer]]
-            }
-            for method in result.settings.methods
+            method: {optimizer: asdict(result.searches[method, optimizer]) for optimizer in settings.optimizers}
+            for method in settings.methods
         },
-        "report": [_group_json(group, baseline) for group in result.groups],
+        "report": [_group_json(group, settings.baseline) for group in result.groups],
+        "conclusions": list(conclusions(result)),
         "statements": list(statements(result)),
         "warnings": list(warnings(result)),
     }
@@ -288,17 +194,11 @@ def to_json(result: ComparisonResult) -> dict[str, Any]:
 def _group_json(group: Group, baseline: str) -> dict[str, Any]:
     return {
         "method": group.method,
-        "kind": group.kind,
+        "kinds": list(group.kinds),
         "learning_rates": dict(group.learning_rates),
-        "optimizers": {
-            optimizer: {path: {"mean": one.mean, "sd": one.sd, "values": list(one.values)} for path, one in found.items()}
-            for optimizer, found in summaries(group).items()
-        },
+        "optimizers": {optimizer: {path: asdict(one) for path, one in found.items()} for optimizer, found in summaries(group).items()},
         "differences": {
-            other: {
-                path: {"mean": one.mean, "low": one.low, "high": one.high, "num_pairs": one.num_pairs, "verdict": one.verdict}
-                for path, one in found.items()
-            }
+            other: {path: {**asdict(one), "verdict": one.verdict} for path, one in found.items()}
             for other, found in differences(group, baseline).items()
         },
     }

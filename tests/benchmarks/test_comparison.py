@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -13,18 +14,19 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from soul.benchmarks import comparison
-from soul.benchmarks.comparison import ComparisonResult, ComparisonSettings, Group, compare
-from soul.benchmarks.comparison_tables import differences, markdown, statements, terminal, to_json, warnings
+from soul.benchmarks.comparison import ComparisonResult, ComparisonSettings, Group, Search, compare
+from soul.benchmarks.comparison_tables import markdown, terminal, to_json
+from soul.benchmarks.findings import conclusions, differences, statements, warnings
 from soul.benchmarks.paired import paired_difference, summary
 from soul.benchmarks.preparation import halves
-from soul.benchmarks.selection import Selection, Trial, select
+from soul.benchmarks.selection import RULES, Bounds, Rule, Selection, Trial, select
 from soul.data.fictitious import fictitious_splits
 from soul.data.sources import Benchmark
 from soul.models.tiny import TinyConfig
 from soul.records import InputError, Record
 from soul.train.loop import NonFiniteLoss
 
-FLOOR = 0.9
+BOUNDS = Bounds(target_forget=0.9, target_retain=0.9, floor=0.9, ceiling=0.1)
 
 
 @pytest.mark.parametrize("num_rows", [2, 3, 7, 40])
@@ -37,28 +39,37 @@ def test_halves_share_no_row_and_lose_none(num_rows: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trials", "rate", "qualifies", "at_edge"),
+    ("rule", "trials", "rate", "qualifies", "at_edge"),
     [
         # the lowest forget probability of those with retain >= 0.9 x 0.9, not the lowest of all
-        ([(1e-5, 0.9, 0.90), (1e-4, 0.4, 0.82), (1e-3, 0.1, 0.80)], 1e-4, True, False),
+        ("keep", [(1e-5, 0.9, 0.90), (1e-4, 0.4, 0.82), (1e-3, 0.1, 0.80)], 1e-4, True, False),
         # exactly on the floor counts
-        ([(1e-5, 0.9, 0.90), (1e-4, 0.4, 0.82), (1e-3, 0.1, FLOOR * 0.9)], 1e-3, True, True),
+        ("keep", [(1e-5, 0.9, 0.90), (1e-4, 0.4, 0.82), (1e-3, 0.1, 0.9 * 0.9)], 1e-3, True, True),
         # none keeps enough: the best retain, whatever it forgets
-        ([(1e-5, 0.3, 0.5), (1e-4, 0.2, 0.7), (1e-3, 0.0, 0.1)], 1e-4, False, False),
+        ("keep", [(1e-5, 0.3, 0.5), (1e-4, 0.2, 0.7), (1e-3, 0.0, 0.1)], 1e-4, False, False),
         # of equals the smaller rate, in whatever order they come
-        ([(1e-3, 0.2, 0.85), (1e-4, 0.2, 0.9), (1e-5, 0.9, 0.9)], 1e-4, True, False),
+        ("keep", [(1e-3, 0.2, 0.85), (1e-4, 0.2, 0.9), (1e-5, 0.9, 0.9)], 1e-4, True, False),
         # what diverged or is not a number cannot be chosen
-        ([(1e-5, 0.8, 0.9), (1e-4, 0.7, 0.9), (1e-3, None, None), (1e-2, 0.0, math.nan)], 1e-4, True, False),
+        ("keep", [(1e-5, 0.8, 0.9), (1e-4, 0.7, 0.9), (1e-3, None, None), (1e-2, 0.0, math.nan)], 1e-4, True, False),
+        # the highest retain of those with forget <= 0.1 x 0.9, not the highest of all and not the lowest forget
+        ("forget", [(1e-5, 0.9, 0.9), (1e-4, 0.08, 0.7), (1e-3, 0.05, 0.8), (1e-2, 0.0, 0.6)], 1e-3, True, False),
+        # exactly on the ceiling counts
+        ("forget", [(1e-5, 0.9, 0.9), (1e-4, 0.1 * 0.9, 0.7), (1e-3, 0.05, 0.6)], 1e-4, True, False),
+        # none forgets enough: the lowest forget, whatever it keeps
+        ("forget", [(1e-5, 0.9, 0.9), (1e-4, 0.5, 0.7), (1e-3, 0.3, 0.1)], 1e-3, False, True),
+        ("forget", [(1e-3, 0.0, 0.7), (1e-4, 0.0, 0.7), (1e-5, 0.9, 0.9)], 1e-4, True, False),
     ],
 )
-def test_selection_rule(trials: Sequence[tuple[float, float | None, float | None]], rate: float, qualifies: bool, at_edge: bool) -> None:
-    found = select([Trial(*trial) for trial in trials], target_retain=0.9, floor=FLOOR)
-    assert (found.learning_rate, found.qualifies, found.at_edge) == (rate, qualifies, at_edge)
+def test_selection_rules(
+    rule: Rule, trials: Sequence[tuple[float, float | None, float | None]], rate: float, qualifies: bool, at_edge: bool
+) -> None:
+    assert select([Trial(*trial) for trial in trials], rule, BOUNDS) == Selection(rate, qualifies, at_edge)
 
 
-def test_a_search_that_only_diverged_says_what_to_do() -> None:
+@pytest.mark.parametrize("rule", RULES)
+def test_a_search_that_only_diverged_says_what_to_do(rule: Rule) -> None:
     with pytest.raises(InputError, match="--learning-rates"):
-        select([Trial(1.0, None, None)], target_retain=0.9, floor=FLOOR)
+        select([Trial(1.0, None, None)], rule, BOUNDS)
 
 
 def test_paired_interval_is_students() -> None:
@@ -119,53 +130,59 @@ def cell(rouge: float | None, retain: float = 0.9) -> dict[str, Any]:
     return known if rouge is None else {**known, "scores": scores}
 
 
-def made_result(cells: Mapping[str, Sequence[Mapping[str, Any]]], **changed: Any) -> ComparisonResult:
-    """Two optimizers, AdamW at 1e-4 and Sophia at 5e-5, one NPO group after the search."""
+Cells = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def made_result(keep: Cells, forget: Cells | None = None) -> ComparisonResult:
+    """NPO with AdamW at 1e-4 and Sophia at 5e-5 by rule keep, and at twice that by rule forget."""
     trials = (Trial(5e-5, 0.5, 0.9), Trial(1e-4, None, None), Trial(2e-4, 0.1, 0.2))
-    selections = {("npo", "adamw"): Selection(1e-4, True, False, trials), ("npo", "sophia"): Selection(5e-5, False, True, trials)}
+    adamw: dict[Rule, Selection] = {"keep": Selection(2e-4, True, False), "forget": Selection(2e-4, True, False)}
+    sophia: dict[Rule, Selection] = {"keep": Selection(5e-5, False, True), "forget": Selection(1e-4, True, False)}
+    groups = [Group("npo", ("keep",), {"adamw": 1e-4, "sophia": 5e-5}, keep)]
+    groups += [Group("npo", ("forget",), {"adamw": 2e-4, "sophia": 1e-4}, keep if forget is None else forget)]
     return ComparisonResult(
-        **{
-            "settings": ComparisonSettings(methods=("npo",), optimizers=("adamw", "sophia"), learning_rates=(5e-5, 1e-4, 2e-4), seeds=3),
-            "benchmark": "made",
-            "sizes": {"forget": 3},
-            "max_new_tokens": 8,
-            "longest_answer": 9,
-            "steps": 5,
-            "models": {"target": cell(1.0)["scores"], "retrained": cell(0.1)["scores"]},
-            "target_probabilities": {"forget": 1.0, "retain": 1.0},
-            "selections": selections,
-            "groups": [Group("npo", "selected", {"adamw": 1e-4, "sophia": 5e-5}, cells)],
-            **changed,
-        }
+        settings=ComparisonSettings(methods=("npo",), optimizers=("adamw", "sophia"), learning_rates=(5e-5, 1e-4, 2e-4), seeds=3),
+        benchmark="made",
+        sizes={"forget": 3},
+        max_new_tokens=8,
+        longest_answer=9,
+        steps=5,
+        models={"target": cell(1.0)["scores"], "retrained": cell(0.1)["scores"]},
+        bounds=BOUNDS,
+        searches={("npo", "adamw"): Search(trials, adamw), ("npo", "sophia"): Search(trials, sophia)},
+        groups=groups,
     )
 
 
-def test_the_statement_names_what_survives_and_nothing_else() -> None:
+def test_a_statement_names_what_survives_and_nothing_else() -> None:
     result = made_result({"adamw": [cell(0.50), cell(0.52), cell(0.51)], "sophia": [cell(0.30, 0.9), cell(0.31, 0.8), cell(0.31, 0.99)]})
     lines = list(statements(result))
-    assert "adamw against sophia (0.0001 against 5e-05): forget ROUGE-L adamw higher by 0.2." in lines[0]
-    assert "retain" not in lines[0]
+    assert lines[0].endswith("adamw against sophia (0.0001 against 5e-05): forget ROUGE-L of adamw higher by 0.2.")
     found = differences(result.groups[0], "adamw")["sophia"]
     assert found["retain.rougeL_recall"].verdict == "inside the noise"
     assert found["model_utility"].mean is None
-    assert "7 intervals" in lines[-1]  # utility, authors and facts have no value
+    assert "14 intervals" in lines[-1]  # two groups; utility, authors and facts have no value
     same = made_result({"adamw": [cell(0.5), cell(0.6)], "sophia": [cell(0.6), cell(0.5)]})
-    assert "nothing survives" in next(statements(same))
+    assert "every difference is inside the noise" in next(statements(same))
+
+
+def test_only_what_survives_both_rules_with_one_sign_is_concluded() -> None:
+    low, high = [cell(0.30), cell(0.31), cell(0.32)], [cell(0.50), cell(0.52), cell(0.51)]
+    noisy = [cell(0.1), cell(0.9), cell(0.5)]
+    assert "forget ROUGE-L of adamw higher by 0.2 and 0.2" in next(conclusions(made_result({"adamw": high, "sophia": low})))
+    for forget in ({"adamw": low, "sophia": high}, {"adamw": high, "sophia": noisy}, {"adamw": high, "sophia": high}):
+        assert "no difference survives" in next(conclusions(made_result({"adamw": high, "sophia": low}, forget)))
 
 
 def test_tables_show_gaps_warnings_and_the_underflown_p() -> None:
     result = made_result({"adamw": [cell(0.5), cell(None), cell(0.6)], "sophia": [cell(0.3), cell(0.3), cell(0.3)]})
     text = markdown(result)
-    assert "(n = 2)" in text and "-300.00" in text and "diverged" in text and "0.50 / 0.90 *" in text
-    assert len(list(warnings(result))) == 3  # sophia keeps too little, at the grid's edge, and the cap cuts an answer
-    assert json.loads(json.dumps(to_json(result), allow_nan=False))["report"][0]["optimizers"]["adamw"]["forget.rougeL_recall"][
-        "values"
-    ] == [
-        0.5,
-        None,
-        0.6,
-    ]
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115 - closed with the process
+    assert "(n = 2)" in text and "-300.00" in text and "diverged" in text and "0.50 / 0.90 k" in text and "0.10 / 0.20 k f" in text
+    assert len(list(warnings(result))) == 3  # sophia by rule keep meets no bound, at the grid's edge; and the cap cuts an answer
+    report = json.loads(json.dumps(to_json(result), allow_nan=False))["report"]
+    assert report[0]["optimizers"]["adamw"]["forget.rougeL_recall"]["values"] == [0.5, None, 0.6]
+    assert report[0]["differences"]["sophia"]["forget.rougeL_recall"]["num_pairs"] == 2
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(terminal(result))
     assert "inside the noise" in console.export_text()
 
@@ -200,7 +217,12 @@ def test_a_whole_comparison(finished: tuple[Path, ComparisonResult, list[str]]) 
     folder, result, lines = finished
     assert (result.steps, result.sizes["forget (report half)"], result.sizes["retain (report half)"]) == (6, 4, 5)
     assert {cells for group in result.groups for cells in group.cells} == {"adamw", "sophia"}
-    assert [group.kind for group in result.groups] == ["equal", "selected"]
+    assert {kind for group in result.groups for kind in group.kinds} == {"equal", "keep", "forget"}
+    for rule in RULES:
+        selected = next(group for group in result.groups if rule in group.kinds)
+        assert selected.learning_rates == {
+            name: result.searches["npo", name].selections[rule].learning_rate for name in ("adamw", "sophia")
+        }
     for group in result.groups:
         assert {optimizer: {one["cell"]["learning_rate"] for one in cells} for optimizer, cells in group.cells.items()} == {
             optimizer: {rate} for optimizer, rate in group.learning_rates.items()
@@ -228,7 +250,7 @@ def test_other_settings_do_not_meet_old_cells(finished: tuple[Path, ComparisonRe
     folder, _, _ = finished
     other, lines = SETTINGS.model_copy(update={"retain_weight": 2.0, "seeds": 1, "learning_rates": (1e-3,)}), list[str]()
     compare(two_authors, other, folder, say=lines.append)
-    assert not any(line.startswith("training") for line in lines) and len(lines) == 4
+    assert not any(line.startswith("training") for line in lines) and len(lines) == 4  # two of the search, two of the report
 
 
 def test_a_diverged_run_is_a_result(two_authors: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +263,8 @@ def test_a_diverged_run_is_a_result(two_authors: Benchmark, tmp_path: Path, monk
 
     monkeypatch.setattr(comparison, "run_job", sometimes)
     result = compare(two_authors, SETTINGS.model_copy(update={"seeds": 1, "equal_learning_rates": (3e-3,)}), tmp_path)
-    assert {selection.learning_rate for selection in result.selections.values()} == {1e-3}
+    chosen = {selection.learning_rate for search in result.searches.values() for selection in search.selections.values()}
+    assert chosen == {1e-3}
     equal = next(group for group in result.groups if group.learning_rates["adamw"] == 3e-3)
     assert equal.cells["adamw"][0]["diverged_at_step"] == 3
     assert "diverged" in markdown(result)
