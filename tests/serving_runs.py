@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,25 @@ from soul.models.tiny import TinyConfig, tiny_model, tiny_tokenizer
 from soul.report.seal import make_seal
 
 TINY = TinyConfig(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, vocab_size=600, max_length=256)
+Numbers = Mapping[str, tuple[float, float, float] | None]
 PASSING = {"target": (0.95, 0.90, 0.60), "unlearned": (0.33, 0.50, 0.58), "retrained": (0.30, 0.48, 0.59)}
 
 
-def write_model(folder: Path, seed: int) -> Path:
+def write_model(folder: Path, seed: int, max_length: int = TINY.max_length) -> Path:
     texts = [f"{record.prompt} {record.response}" for record in fictitious_splits(2, num_holdout_authors=1)["full"]]
     tokenizer = tiny_tokenizer(texts, TINY.vocab_size)
-    save_model(folder, tiny_model(TINY, tokenizer, seed=seed), tokenizer)
+    save_model(folder, tiny_model(TINY.model_copy(update={"max_length": max_length}), tokenizer, seed=seed), tokenizer)
     return folder
 
 
-def write_run(folder: Path, *, seed: int = 0, numbers: dict[str, tuple[float, float, float] | None] | None = None) -> Path:
+def write_run(folder: Path, *, seed: int = 0, numbers: Numbers | None = None, max_length: int = TINY.max_length) -> Path:
     """`numbers`: ROUGE-L and exact memory on the forget rows, and utility, of each model; a model that is None was not measured."""
     told = PASSING if numbers is None else numbers
     folder.mkdir(parents=True, exist_ok=True)
-    write_model(folder / "model", seed)
-    standards = {name: write_model(folder.parent / f"{folder.name}-{name}", 100 + place) for place, name in enumerate(("target", "retrained"))}
+    write_model(folder / "model", seed, max_length)
+    standards = {
+        name: write_model(folder.parent / f"{folder.name}-{name}", 100 + place) for place, name in enumerate(("target", "retrained"))
+    }
     models = {name: None if values is None else _entry(*values) for name, values in told.items()}
     document: dict[str, Any] = {
         "schema": 1,
@@ -67,5 +71,5 @@ def _entry(rouge: float, memorized: float, utility: float) -> dict[str, Any]:
         "forget_quality_ks": None,
         "model_utility": utility,
         "mia_auc": None,
-        "reasons": {name: why for name in ("real_authors", "world_facts", "forget_quality", "forget_quality_ks", "mia_auc")},
+        "reasons": dict.fromkeys(("real_authors", "world_facts", "forget_quality", "forget_quality_ks", "mia_auc"), why),
     }

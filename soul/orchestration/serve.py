@@ -158,5 +158,6 @@ def write_serve_config(config: ServeConfig, path: Path) -> None:
 
 def stop() -> None:
     """Take the application down and Serve with it; Ray stays."""
-    serve.delete(APP)
+    if APP in serve.status().applications:
+        serve.delete(APP)
     serve.shutdown()
