@@ -6,19 +6,24 @@ import logging
 import os
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import ray
+import ray._private.state
 import ray.data
-from ray.exceptions import AuthenticationError, RayTaskError
+from ray.exceptions import ActorHandleNotFoundError, AuthenticationError, RayTaskError
 
 from soul.orchestration import ENVIRONMENT
+from soul.orchestration.parallel import waiting_threads
 from soul.preflight import check_workers
 from soul.records import InputError
 
 OBJECT_STORE_BYTES = 300 * 2**20
+RELEASE_SECONDS = 15.0
 
 
 def _quiet(verbose: bool) -> None:
@@ -60,7 +65,24 @@ def cluster(address: str | None, *, num_workers: int, verbose: bool) -> Iterator
         raise
     finally:
         if owned:
+            _release_threads()
             ray.shutdown()
+
+
+def _release_threads() -> None:
+    """End what threads of a failed or interrupted run wait for: one still inside Ray when Ray goes ends the process without a word."""
+    threads = waiting_threads()
+    if not threads:
+        return
+    core: Any = ray._private.worker.global_worker.core_worker  # type: ignore[attr-defined]
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    for actor_id, actor in ray._private.state.actors(job_id=job).items():
+        if actor["State"] != "DEAD":
+            with suppress(ActorHandleNotFoundError):  # another actor's: it goes with that one
+                core.kill_actor(ray.ActorID.from_hex(actor_id), True)
+    deadline = time.monotonic() + RELEASE_SECONDS
+    for thread in threads:
+        thread.join(timeout=max(0.0, deadline - time.monotonic()))
 
 
 def is_local(address: str | None) -> bool:
@@ -83,6 +105,7 @@ def _start_local(num_workers: int, verbose: bool) -> None:
     # Logical CPUs are bookkeeping: workers hold theirs for the whole run, and data tasks must still find one (else Ray waits for ever).
     logical = max(4, (os.cpu_count() or 1), num_workers + 2)
     ray.init(
+        address="local",  # not a cluster that somebody else started on this machine
         num_cpus=logical,
         include_dashboard=False,
         log_to_driver=verbose,

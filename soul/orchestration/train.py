@@ -8,7 +8,6 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig
 
+from soul.orchestration.parallel import run_beside
 from soul.orchestration.stream import ray_steps
 from soul.records import InputError
 from soul.train.engine import Engine, EngineConfig
@@ -109,7 +109,7 @@ def fit(job: TrainJob, *, name: str, on_progress: OnProgress | None = None) -> J
     )
     with _watch(Path(job.run_dir) / "metrics.jsonl", on_progress):
         try:
-            result = _beside(trainer.fit)
+            result = run_beside(trainer.fit)
         except WorkerGroupError as error:
             raise _explained(error) or error from None
     value = result.return_value
@@ -133,15 +133,6 @@ def _explained(error: WorkerGroupError) -> InputError | TrainingStopped | None:
         if isinstance(failure, OSError):
             return TrainingStopped(f"training stopped: {failure}. The last checkpoint is kept: mend this, then run the same again.")
     return None
-
-
-def _beside(call: Callable[[], Any]) -> Any:
-    """Call in a thread of its own: in the main thread Ray Train takes Ctrl-C for itself and exits with 0."""
-    executor = ThreadPoolExecutor(1)
-    try:
-        return executor.submit(call).result()
-    finally:
-        executor.shutdown(wait=False)
 
 
 @contextmanager
