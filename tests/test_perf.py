@@ -61,6 +61,7 @@ def test_parts_without_ray_write_their_ratios(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # two Ray clusters, four runs
 def test_ray_part_writes_its_ratios(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     found = run("d", tmp_path)
