@@ -44,8 +44,9 @@ def killed_at(job: TrainJob, step: int) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("engines", [SHORT, pytest.param(LONG, marks=pytest.mark.slow)], ids=["2 -> 1", "2 -> 1 -> 1 -> 2 -> 2"])
+@pytest.mark.parametrize("engines", [SHORT, LONG], ids=["2 -> 1", "2 -> 1 -> 1 -> 2 -> 2"])
 def test_a_run_changes_engines_and_workers_on_its_way(engines: list[Mapping[str, Any]], finished: Finished, tmp_path: Path) -> None:
     made = finished.jobs["adamw"]
     job = replace(made, train=made.train.model_copy(update=TRAIN))

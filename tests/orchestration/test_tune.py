@@ -90,6 +90,7 @@ def test_halving_never_stops_a_trial_at_its_last_report() -> None:
         assert scheduler.on_trial_result(None, trial, result) == "CONTINUE"
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_trial_that_broke_off_goes_on_from_its_last_checkpoint(finished: Finished, tmp_path: Path) -> None:
     job = dataclasses.replace(finished.jobs["sophia"], export=str(tmp_path / "model"), run_dir=str(tmp_path))
@@ -180,6 +181,7 @@ def test_another_grid_in_the_same_folder_is_refused_before_it_touches_anything(s
     assert stamps(Path(small_grid.output)) == before
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_halving_spends_full_runs_on_survivors_only(ray_cluster: None, tofu: Path, small_grid: GridConfig, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"search": "asha", "trials": 4, "learning_rates": (1e-6, 1e-2), "train": {"epochs": 4}}
