@@ -101,6 +101,10 @@ class Generator:
         """Rows in work: 0 once every client has its answer or has gone."""
         return sum(engine.num_rows for engine in self._loaded)
 
+    async def num_models(self) -> int:
+        """Models in memory."""
+        return sum(engine.is_open for engine in self._loaded)
+
 
 async def _told(work: Coroutine[Any, Any, Result]) -> Result | Refusal:
     """A refusal as a value: an exception would be logged, and wrapped on its way."""

@@ -33,7 +33,10 @@ class Sampling:
 
 @dataclass(eq=False, slots=True)
 class Row:
-    """One answer in the making. `logps` and `tops` (ids with log-probabilities, nats) are the model's own, before temperature and top_p."""
+    """One answer in the making. `logps` and `tops` (ids with log-probabilities, nats) are the model's own, before temperature and top_p.
+
+    `closing`: the end-of-sequence token that ended the row; it is not among `tokens`, but `logps` and `tops` have it.
+    """
 
     prompt: tuple[int, ...]
     sampling: Sampling
@@ -42,6 +45,7 @@ class Row:
     logps: list[float] = field(default_factory=list)
     tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     end: End | None = None
+    closing: int | None = None
     dice: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
@@ -151,11 +155,11 @@ def choose(logits_BV: Tensor, rows: Sequence[Row]) -> None:
         if best - best != 0:  # nan or inf: training has destroyed the model
             row.end = "broken"
         elif token in row.eos_ids:
-            row.end = "stop"
+            row.end, row.closing = "stop", token
         else:
             row.tokens.append(token)
             row.end = "length" if len(row.tokens) >= row.sampling.max_tokens else row.end
-    told = [b for b, row in enumerate(rows) if row.sampling.num_top is not None and row.end not in ("stop", "broken")]
+    told = [b for b, row in enumerate(rows) if row.sampling.num_top is not None and row.end != "broken"]
     if told:
         told_N = torch.tensor(told, device=logits_BV.device)
         num_top = max(rows[b].sampling.num_top or 0 for b in told)

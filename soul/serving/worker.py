@@ -43,6 +43,9 @@ class _Choice:
             text += tail if stopped else tail + self._stops.flush()
             finish = "length" if end == "length" and not stopped else "stop"
         tokens = tuple(self._token(place) for place in new) if self._num_top is not None else ()
+        if finish == "stop" and not stopped and self._num_top is not None and row.closing is not None and not self._is_chat:
+            # lm-eval asks for one token behind what it scores, and drops it: it must be there even where the model ends
+            tokens += (_told(self._tokenizer, row.closing, row.logps[-1], row.tops[-1]),)
         self._num_told = num_tokens
         self.is_done = finish is not None
         if self._is_chat and not self._has_begun:  # the space between "Answer:" and the answer is the format's, not the answer's

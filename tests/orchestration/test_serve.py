@@ -90,6 +90,18 @@ def test_the_client_gets_completions_chat_and_refusals(server: Server) -> None:
     assert "a" not in requests.get(f"{server.url}/-/routes", timeout=10).json().values()
 
 
+def test_a_replica_holds_the_models_used_last_and_no_more(server: Server) -> None:
+    from ray import serve
+
+    replicas = serve.get_deployment_handle("Generator", "soul")
+    texts = []
+    for _ in range(2):
+        for name in ("a", "a.target", "a.retrained"):
+            texts.append(server.client().completions.create(model=name, prompt="The", max_tokens=6, temperature=0).choices[0].text)
+            assert replicas.num_models.remote().result(timeout_s=30) <= 2
+    assert texts[:3] == texts[3:] and len(set(texts)) == 3
+
+
 def test_tokens_come_one_by_one_and_a_client_that_leaves_frees_the_replica(server: Server) -> None:
     from ray import serve
 

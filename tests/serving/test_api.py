@@ -90,6 +90,23 @@ def test_echo_gives_the_log_probabilities_that_lm_eval_sums(served: Served, good
         assert all(is_greedy[len(ids) - 1 :])
 
 
+def test_the_token_that_ends_a_text_has_its_log_probability(served: Served, good: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval asks for one token more than it scores, and drops the last: were the end missing, it would drop an answer's last token."""
+    ids = encode(good, PROMPTS[2])
+    spec = served.catalogue.models["good"].spec
+    assert spec is not None
+    served.client().completions.create(model="good", prompt="The", max_tokens=1)
+    monkeypatch.setattr(served.backend.engines[spec.sha256], "eos_ids", tuple(range(600)))
+    for stream in (False, True):
+        told = served.client().completions.create(
+            model="good", prompt=ids, max_tokens=1, echo=True, logprobs=1, temperature=0, stream=stream
+        )
+        parts = list(told) if stream else [told]  # type: ignore[call-overload]
+        logps = [logp for part in parts if part.choices[0].logprobs for logp in part.choices[0].logprobs.token_logprobs]
+        assert len(logps) == len(ids) + 1 and logps[-1] is not None
+        assert parts[-1].choices[0].finish_reason == "stop"
+
+
 def test_top_logprobs_do_not_collide(served: Served) -> None:
     """Half-character tokens all read the same as text: each must keep an entry of its own."""
     halves = list(range(130, 190))  # byte tokens of the byte-level vocabulary
