@@ -195,7 +195,7 @@ class Bench:
 
     def _measure(self, cell: Cell, job: TrainJob) -> dict[str, Any]:
         rows: list[dict[str, Any]] = []
-        with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
+        with tempfile.TemporaryDirectory(prefix="soul-compare-") as scratch:
             model = Path(scratch) / "model"
             here = TrainJob(**{**vars(job), "export": str(model), "run_dir": scratch})
             try:
