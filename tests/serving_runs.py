@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from soul.data.fictitious import fictitious_splits
 from soul.models.load import save_model
 from soul.models.tiny import TinyConfig, tiny_model, tiny_tokenizer
@@ -18,9 +20,16 @@ PASSING = {"target": (0.95, 0.90, 0.60), "unlearned": (0.33, 0.50, 0.58), "retra
 
 
 def write_model(folder: Path, seed: int, max_length: int = TINY.max_length) -> Path:
+    """Random weights, so large that the model does more than repeat its last token (embeddings are tied); it never ends by itself."""
     texts = [f"{record.prompt} {record.response}" for record in fictitious_splits(2, num_holdout_authors=1)["full"]]
     tokenizer = tiny_tokenizer(texts, TINY.vocab_size)
-    save_model(folder, tiny_model(TINY.model_copy(update={"max_length": max_length}), tokenizer, seed=seed), tokenizer)
+    model = tiny_model(TINY.model_copy(update={"max_length": max_length}), tokenizer, seed=seed)
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            if "proj" in name:
+                weights.mul_(12)
+        model.get_input_embeddings().weight[tokenizer.eos_token_id] = 0
+    save_model(folder, model, tokenizer)
     return folder
 
 

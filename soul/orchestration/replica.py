@@ -27,7 +27,6 @@ from soul.serving.worker import Worker
 from soul.settings import load_settings
 
 LOG: Final = logging.getLogger(__name__)
-MAX_FAILURES: Final = 3
 ATTEMPTS: Final = 3
 REFRESH_S: Final = 1.0
 READY_S: Final = 2.0
@@ -93,9 +92,8 @@ class Generator:
 
     async def check_health(self) -> None:
         """Serve replaces a replica whose model fails again and again (a lost GPU, memory gone for good)."""
-        failed = [engine.num_failures for engine in self._loaded if engine.is_open and engine.num_failures >= MAX_FAILURES]
-        if failed:
-            raise RuntimeError(f"{failed[0]} steps in a row have failed")
+        if any(engine.is_open and not engine.is_well for engine in self._loaded):
+            raise RuntimeError("an engine has stopped, or its steps fail one after the other")
 
     async def num_rows(self) -> int:
         """Rows in work: 0 once every client has its answer or has gone."""

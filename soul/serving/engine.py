@@ -22,6 +22,7 @@ from soul.serving.likelihood import Likelihood, likelihoods
 from soul.serving.work import ModelSpec
 
 Watch = Callable[[Row, int, End | None], None]
+MAX_FAILURES = 3
 LOG = logging.getLogger(__name__)
 
 
@@ -105,6 +106,11 @@ class Engine:
             self._wake.notify()
 
     @property
+    def is_well(self) -> bool:
+        """False once the thread is gone, or when step after step has failed."""
+        return self._thread.is_alive() and self.num_failures < MAX_FAILURES
+
+    @property
     def is_open(self) -> bool:
         return not self._closed
 
@@ -153,15 +159,17 @@ class Engine:
 
     def _tell(self) -> None:
         """Report progress, and forget the rows that have ended."""
-        running = list(self._batch.rows)
-        self._batch.release()
-        for row in running:
+        done = self._batch.release()
+        jobs = [self._jobs[row] for row in done]
+        with self._wake:
+            for row in done:
+                del self._jobs[row]
+        for job in jobs:
+            job.watch(job.row, len(job.row.tokens), job.row.end)
+        for row in self._batch.rows:  # one that is cancelled at this moment leaves after the next step
             job = self._jobs[row]
-            if row.end is not None:
-                with self._wake:
-                    del self._jobs[row]
-            if row.end is not None or job.every_step:
-                job.watch(row, len(row.tokens), row.end)
+            if job.every_step:
+                job.watch(row, len(row.tokens), None)
 
     def _answer(self, question: _Question) -> None:
         try:

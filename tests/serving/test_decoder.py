@@ -15,6 +15,8 @@ from soul.serving.decoder import Row, RunningBatch, Sampling, choose, describe, 
 from soul.serving.likelihood import likelihoods
 from tests.serving_runs import write_model
 
+ENDS = tuple(range(100, 125))  # many, so that rows end at all sorts of lengths
+
 
 def llama(folder: Path) -> PreTrainedModel:
     return load_model(str(write_model(folder, 0))).eval()
@@ -50,7 +52,7 @@ def finish(batch: RunningBatch) -> None:
 
 def test_rows_that_join_and_leave_equal_generate(model: PreTrainedModel) -> None:
     given = prompts(11)
-    rows = [Row(ids, Sampling(max_tokens=3 + 4 * (place % 3)), eos_ids=(2,)) for place, ids in enumerate(given)]
+    rows = [Row(ids, Sampling(max_tokens=3 + 4 * (place % 3)), eos_ids=ENDS) for place, ids in enumerate(given)]
     batch = RunningBatch(model)
     for start, stop, steps in ((0, 2, 4), (2, 7, 1), (7, 8, 0), (8, 11, 99)):
         batch.admit(rows[start:stop])
@@ -62,9 +64,10 @@ def test_rows_that_join_and_leave_equal_generate(model: PreTrainedModel) -> None
     finish(batch)
     for row in rows:
         most = row.sampling.max_tokens
-        alone = generate_batch(model, [row.prompt], pad_id=0, eos_ids=[2], max_new_tokens=most, device=torch.device("cpu"))
+        alone = generate_batch(model, [row.prompt], pad_id=0, eos_ids=ENDS, max_new_tokens=most, device=torch.device("cpu"))
         assert tuple(row.tokens) == alone[0]
         assert row.end == ("length" if len(row.tokens) == most else "stop")
+    assert len({len(row.tokens) for row in rows}) > 2
 
 
 def test_a_cancelled_row_leaves_and_the_others_go_on(model: PreTrainedModel) -> None:
