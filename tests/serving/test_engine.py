@@ -74,6 +74,20 @@ def test_cancelling_at_any_moment_leaves_the_engine_well(engine: Engine) -> None
     assert engine.is_well and engine.num_rows <= 120
 
 
+def test_a_row_that_is_cancelled_between_two_looks_is_let_go_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = RunningBatch.release
+
+    def release_and_lose(batch: RunningBatch) -> list[Row]:
+        done = release(batch)
+        engine.cancel(batch.rows)
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunningBatch, "release", release_and_lose)
+        assert set(finish(engine, [row(50), row(50)]).values()) == {"cancelled"}
+    assert set(finish(engine, [row()]).values()) == {"length"}
+
+
 def test_a_failed_step_ends_its_rows_and_nothing_else(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: RunningBatch) -> None:
         raise RuntimeError("out of memory")
