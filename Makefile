@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@# torch first and alone, so that TORCH_INDEX is asked for nothing else
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
-	DS_BUILD_OPS=0 $(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	DS_BUILD_OPS=0 $(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,peft]'
 	@touch $@
 
 demo: install ## invented authors, a tiny model, SO-NPO beside its first-order twin, a report: runs/demo/report.html
