@@ -214,12 +214,15 @@ def _grid(parsed: argparse.Namespace) -> int:
             stop.args = ("interrupted. Continue with the same command: what is finished is not repeated.",)
             raise
     from soul.report.grid_build import build_grid_report, show_grid
+    from soul.report.tracking import track_all
 
-    output = Path(config.output).resolve()
+    output, trials = Path(config.output).resolve(), config.all_trials()
     command = shlex.join(["python", "pipelines/grid.py", *parsed.words])
-    table = build_grid_report(config.all_trials(), output, floor=config.utility_floor, samples=config.samples, command=command)
+    table = build_grid_report(trials, output, floor=config.utility_floor, samples=config.samples, command=command)
     show_grid(table)
     print(output / "report.html")
+    if config.wandb is not None and (told := track_all([output / "trials" / trial.id for trial in trials], project=config.wandb)):
+        print(told, file=sys.stderr)
     return DONE
 
 

@@ -36,7 +36,7 @@ from soul.records import InputError
 from soul.report.build import build_report
 from soul.report.results import Results, load_results
 from soul.report.table import terminal_table
-from soul.report.tracking import track
+from soul.report.tracking import track_all
 from soul.rundir import RunDir, versions, write_json
 
 
@@ -93,9 +93,8 @@ def _work(config: Config, arms: Sequence[Config], sources: Sources, start: str, 
     for folder in folders[1:]:
         build_report([folder])
     build_report(folders, output=folders[0])
-    if config.wandb is not None:
-        for folder in folders:
-            track(folder, project=config.wandb)
+    if config.wandb is not None and (told := track_all(folders, project=config.wandb)):
+        display.say(told)
 
 
 def show(results: Sequence[Results]) -> None:

@@ -33,7 +33,6 @@ from soul.orchestration.prepare import starting_model
 from soul.orchestration.progress import Display
 from soul.orchestration.shared import Shared, judge_shared, make_shared, share
 from soul.orchestration.trial import failure_of, nested_epoch, run_trial, stopped_at
-from soul.report.tracking import track
 from soul.rundir import RunDir
 
 # Tune's own tables and bars would print settings line by line; its handler of Ctrl-C would swallow it.
@@ -107,17 +106,7 @@ def run_grid(config: GridConfig) -> list[Planned]:
             # halving compares with all that went before, so the finished ones are heard again
             again = planned if config.search == "asha" else undone
             _search(config, again, display, slots=min(slots, config.max_concurrent or slots))
-    if config.wandb is not None:
-        _track(planned, config.wandb)
     return planned
-
-
-def _track(planned: Sequence[Planned], project: str) -> None:
-    """Every finished run is a run of the project, once."""
-    for run in (run_dir(item.config) for item in planned):
-        if run.results.is_file() and run.finished("tracked", project) is None:
-            track(run.path, project=project)
-            run.finish("tracked", project, {})
 
 
 def _keep_references(output: Path, model: str, item: Planned, display: Display) -> None:
