@@ -134,12 +134,15 @@ def load_own(
     retain: str | Path,
     holdout: str | Path | None = None,
     columns: ColumnMap | None = None,
+    limit_forget: int | None = None,
+    limit_retain: int | None = None,
     allow_overlap: bool = False,
 ) -> Benchmark:
-    """The user's own files. `retain_eval` are the first rows of retain."""
+    """The user's own files, or their first rows. `retain_eval` are the first rows of retain."""
     columns = columns or ColumnMap()
     files = {"forget": forget, "retain": retain} | ({} if holdout is None else {"holdout": holdout})
-    splits = {split: load_split(file, split=split, columns=columns) for split, file in files.items()}
+    limits = {"forget": limit_forget, "retain": limit_retain}
+    splits = {split: load_split(file, split=split, columns=columns, limit=limits.get(split)) for split, file in files.items()}
     splits["retain_eval"] = splits["retain"][:RETAIN_EVAL_ROWS]
     return _checked(Benchmark("own", splits), allow_overlap=allow_overlap)
 

@@ -54,8 +54,8 @@ def tokenize_pair(
         return ids, len(prompt_ids)
     if truncate == "error":
         raise InputError(
-            f"{where} has {len(ids)} tokens ({len(prompt_ids)} of them prompt). Expected at most {max_length}, the limit that --max-length "
-            "or the model sets. Raise --max-length if the model allows it, set --truncate answer, or remove the row."
+            f"{where} has {len(ids)} tokens ({len(prompt_ids)} of them prompt). Expected at most {max_length}, the model's "
+            f"limit. Give --max-length {max_length} (or less) to cut the ends of long answers, or remove the row."
         )
     if len(prompt_ids) >= max_length:
         raise InputError(

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from soul.batch import TokenRow
 from soul.data.chat import ChatFormat
-from soul.data.tokenize import check_tokenizer, tokenize_pair
+from soul.data.tokenize import Truncate, check_tokenizer, tokenize_pair
 from soul.evaluate.eval_log import EVAL_SPLITS
 from soul.evaluate.generate import check_room, generate_batch
 from soul.evaluate.likelihood import AnswerScore, evaluation_mode, plan_batches, score_batch
@@ -81,8 +81,10 @@ def plan_evaluation(
     chat: ChatFormat,
     eos_ids: Sequence[int],
     max_length: int,
+    cut: int | None = None,
 ) -> EvalPlan:
-    """`max_length` is the model's number of positions, `eos_ids` what `generate.stop_ids` says.
+    """`max_length` is the model's number of positions, `eos_ids` what `generate.stop_ids` says; with `cut` a longer row loses the end
+    of its answer, as in training.
 
     Raises:
         InputError: an unknown or empty split, or a row that does not fit into the model.
@@ -95,7 +97,8 @@ def plan_evaluation(
     if empty:
         raise InputError(f"the evaluation split {empty[0]} has no rows. Give it rows or leave it out; its metrics are then null.")
     pad_id = check_tokenizer(tokenizer).pad
-    tokenize = partial(tokenize_pair, tokenizer=tokenizer, chat=chat, max_length=max_length)
+    truncate: Truncate = "error" if cut is None else "answer"
+    tokenize = partial(tokenize_pair, tokenizer=tokenizer, chat=chat, max_length=min(max_length, cut or max_length), truncate=truncate)
     asks: list[Ask] = []
     rows: list[TokenRow] = []
     for split, records in kept.items():

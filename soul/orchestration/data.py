@@ -9,10 +9,9 @@ from pathlib import Path
 from soul.batch import SPLITS
 from soul.config import Config, DataConfig
 from soul.data.refusals import refusal_records
-from soul.data.sources import RETAIN_EVAL_ROWS, Benchmark, fingerprint, load_split, open_benchmark
+from soul.data.sources import RETAIN_EVAL_ROWS, Benchmark, fingerprint, load_own, open_benchmark
 from soul.objectives.methods import METHODS, streamed_splits
 from soul.orchestration.tokens import FileSplit, Rows, row_hash
-from soul.records import InputError
 
 
 @dataclass(frozen=True)
@@ -63,20 +62,18 @@ def _open_named(data: DataConfig) -> Sources:
 
 def _open_own(data: DataConfig) -> Sources:
     assert data.forget is not None and data.retain is not None
-    forget = load_split(data.forget, split="forget", columns=data.columns, limit=data.limit_forget)
-    if not forget:
-        raise InputError(f"the forget file {data.forget} has no rows, expected at least one.")
-    shown_rows = min(data.limit_retain or RETAIN_EVAL_ROWS, RETAIN_EVAL_ROWS)
-    splits = {
-        "forget": forget,
-        "retain": [],
-        "retain_eval": load_split(data.retain, split="retain", columns=data.columns, limit=shown_rows),
-    }
-    if data.holdout is not None:
-        splits["holdout"] = load_split(data.holdout, split="holdout", columns=data.columns)
-    forbidden = frozenset() if data.allow_overlap else frozenset(map(row_hash, forget))
-    retain = FileSplit(data.retain, data.columns, data.limit_retain, forbidden)
-    return Sources(Benchmark("own", splits), {"forget": forget, "retain": retain})
+    read = load_own(
+        forget=data.forget,
+        retain=data.retain,
+        holdout=data.holdout,
+        columns=data.columns,
+        limit_forget=data.limit_forget,
+        limit_retain=min(data.limit_retain or RETAIN_EVAL_ROWS, RETAIN_EVAL_ROWS),  # the rest is streamed
+        allow_overlap=data.allow_overlap,
+    )
+    elsewhere = [] if data.allow_overlap else [*read.splits["forget"], *read.splits.get("holdout", [])]
+    retain = FileSplit(data.retain, data.columns, data.limit_retain, frozenset(map(row_hash, elsewhere)))
+    return Sources(Benchmark("own", {**read.splits, "retain": []}), {"forget": read.splits["forget"], "retain": retain})
 
 
 def trained_splits(config: Config) -> tuple[str, ...]:

@@ -68,6 +68,7 @@ def plan_for(config: Config | EvaluateConfig, sources: Sources, model: str, toke
         chat=ChatFormat(config.data.chat),
         eos_ids=stop_ids_of(model, tokenizer, options),
         max_length=positions(AutoConfig.from_pretrained(model, **options)),
+        cut=config.data.max_length,
     )
 
 
@@ -112,7 +113,8 @@ class Judge:
     def judge(self, name: str, model: str, *, key: str, folder: Path, samples: Path | None = None) -> Judged:
         """As `evaluate`; the log is kept in `folder` under a hash of `key` (what names the weights), rows and settings."""
         rows = {split: fingerprint(records) for split, records in self.sources.evaluated.items()}
-        kept = folder / f"{digest([key, rows, self.config.evaluate.model_dump(), self.config.data.chat], length=20)}.json"
+        form = [self.config.data.chat, self.config.data.max_length]
+        kept = folder / f"{digest([key, rows, self.config.evaluate.model_dump(), form], length=20)}.json"
         if kept.is_file() and (samples is None or samples.is_file()):
             self.display.say(f"evaluation of {name}: made before")
             return Judged(_LOG.validate_json(kept.read_bytes()), 0.0)

@@ -172,5 +172,5 @@ def _stream(source: FileSplit, split: str) -> Iterator[Record]:
     for number, row in islice(read_rows(source.uri), source.limit):
         record = source.columns.to_record(row, where=where, row_number=number, split=split)
         if row_hash(record) in source.forbidden:
-            raise InputError(f"{where}: row {number} of {split} is also in forget. Remove it, or set --allow-overlap.")
+            raise InputError(f"{where}: row {number} of {split} is also in forget or holdout. Remove it, or set --allow-overlap.")
         yield record

@@ -19,7 +19,7 @@ from soul.evaluate.evaluator import Evaluation, cheap_metrics, evaluate_model, f
 from soul.evaluate.generate import decode, stop_ids
 from soul.evaluate.likelihood import score_answers
 from soul.evaluate.logs import read_log
-from soul.evaluate.plan import EvalPlan, plan_evaluation, run_item
+from soul.evaluate.plan import EvalPlan, ScoreItem, plan_evaluation, run_item
 from soul.evaluate.rouge import rouge_recalls
 from soul.evaluate.score import score
 from soul.evaluate.settings import EvalSettings
@@ -46,6 +46,24 @@ def mean_nll(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt
     labels = torch.tensor([[-100] * num_prompt + ids[num_prompt:]])
     with torch.no_grad():
         return float(model(input_ids=torch.tensor([ids]), labels=labels).loss)
+
+
+def test_a_row_that_is_too_long_is_an_error_unless_it_may_be_cut(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, splits: Splits
+) -> None:
+    long = replace(splits["forget"][0], response="many words " * 60)
+    rows = {"forget": [long, *splits["forget"][1:3]]}
+    options: dict[str, Any] = {"chat": ChatFormat(), "eos_ids": stop_ids(model, tokenizer), "max_length": 160}
+    with pytest.raises(InputError, match=r"Give --max-length 160 \(or less\) to cut the ends of long answers") as caught:
+        plan_evaluation(rows, tokenizer, SETTINGS, **options)
+    assert "many words" not in str(caught.value)
+    plan = plan_evaluation(rows, tokenizer, SETTINGS, cut=120, **options)
+    scored = [pair for item in plan.items if isinstance(item, ScoreItem) for pair in zip(item.asks, item.rows, strict=True)]
+    lengths = {ask.row: len(row.ids) for ask, row in scored if ask.what == "answer"}
+    pairs = [tokenize_pair(row.prompt, row.response, tokenizer, ChatFormat(), max_length=900, where="row") for row in rows["forget"]]
+    whole = {position: len(ids) for position, (ids, _) in enumerate(pairs)}
+    assert whole[0] > 160
+    assert lengths == {i: min(120, length) for i, length in whole.items()}
 
 
 def average(values: list[float]) -> float:

@@ -268,7 +268,9 @@ def test_a_forbidden_row_is_refused_even_where_a_store_is_cached(folder: Path, t
     strangers = replace(file, forbidden=frozenset({row_hash(Record("x", "What else?", "Nothing."))}))
     assert tokenise(strangers, "retain", settings_of(folder), cache=tmp_path / "cache") == store
     overlapping = replace(file, forbidden=frozenset(map(row_hash, RECORDS[6:8])))
-    with pytest.raises(InputError, match=r"mine\.jsonl: row 7 of retain is also in forget\. Remove it, or set --allow-overlap\.") as caught:
+    with pytest.raises(
+        InputError, match=r"mine\.jsonl: row 7 of retain is also in forget or holdout\. Remove it, or set --allow-overlap\."
+    ) as caught:
         tokenise(overlapping, "retain", settings_of(folder), cache=tmp_path / "cache")
     assert RECORDS[6].response not in str(caught.value)
 
