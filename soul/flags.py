@@ -124,8 +124,8 @@ def _flag(key: str, owners: list[type[BaseModel]], *, num_choices: int, default_
     return Flag(
         key=key,
         name=f"--{NAMES.get(key) or PREFIXES.get(section, '') + last.replace('_', '-')}",
-        description=_by_name(names, [text.rstrip(".") for text in texts], "; "),
-        default=_by_name(names, defaults, ", "),
+        description=_by_name(names, [text.rstrip(".") for text in texts]),
+        default=_by_name(names, defaults),
         owners=tuple(names) if len(names) < num_choices else (),
         metavar="{" + ",".join(names) + "}" if is_choice else _metavar(annotation),
         is_switch=annotation is bool,
@@ -134,11 +134,12 @@ def _flag(key: str, owners: list[type[BaseModel]], *, num_choices: int, default_
     )
 
 
-def _by_name(names: Sequence[str], texts: Sequence[str], separator: str) -> str:
-    """One text where all say the same, else each behind the name it is true of."""
+def _by_name(names: Sequence[str], texts: Sequence[str]) -> str:
+    """One text where all say the same, else each behind the names it is true of."""
     if len(set(texts)) == 1:
         return texts[0]
-    return separator.join(f"{name}: {text}" for name, text in zip(names, texts, strict=True))
+    holders = {text: [name for name, own in zip(names, texts, strict=True) if own == text] for text in texts}
+    return "; ".join(f"{', '.join(holders[text])}: {text}" for text in holders)
 
 
 def _text(info: FieldInfo) -> str:

@@ -34,9 +34,9 @@ from soul.data.pairing import PairedPlan
 from soul.models.tiny import TinyConfig
 from soul.objectives.methods import needs_reference, streamed_splits
 from soul.train.config import TrainConfig
+from soul.train.curvature import hessian_splits
 from soul.train.deepspeed import BUCKET, MAX_LIVE, SUB_GROUP
 from soul.train.engine import EngineConfig, Precision
-from soul.train.loop import hessian_splits
 from soul.train.sharding import decoder_blocks
 
 FP32 = 4

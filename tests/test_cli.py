@@ -135,7 +135,7 @@ def test_help_documents_every_flag(command: str, root: Any, capsys: pytest.Captu
 def test_help_says_whose_a_flag_is_and_what_its_default_is() -> None:
     flags = {flag.name: flag for flag in flags_of("tofu")}
     assert "(npo only) [default: 0.1]" in flags["--beta"].help
-    assert "(sophia, soul_release only) [default: sophia: auto, soul_release: 0.04]" in flags["--rho"].help
+    assert "(sophia, sophia_h, soul_release only) [default: sophia, sophia_h: auto; soul_release: 0.04]" in flags["--rho"].help
     assert flags["--rho"].metavar == "{X,auto}"
     assert flags["--max-steps"].help.endswith("[default: none]") or "[default: no limit]" in flags["--max-steps"].help
     assert flags["--cache"].help.endswith("[default: .cache beside the run directory]")
@@ -175,7 +175,7 @@ def test_without_data_and_model_it_is_the_demo() -> None:
     [
         ("tofu --rhoo 1", ["unknown flag --rhoo", "Did you mean --rho?"]),
         ("tofu --hesian-every=3", ["unknown flag --hesian-every", "Did you mean --hessian-every?"]),
-        ("tofu --rho 1 --optimizer adamw", ["--rho belongs to sophia, soul_release, got --optimizer adamw."]),
+        ("tofu --rho 1 --optimizer adamw", ["--rho belongs to sophia, sophia_h, soul_release, got --optimizer adamw."]),
         ("tofu --beta 1 --method ga", ["--beta belongs to npo, got --method ga."]),
         ("tofu --rho high", ["--rho: expected a valid number or 'auto', got high."]),
         ("tofu --method npoo", ["--method: expected one of 'ga', 'grad_diff', 'po', 'npo', got npoo.", "Did you mean npo?"]),

@@ -37,8 +37,8 @@ def test_defaults_are_the_papers_second_order_npo() -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("method", METHODS)
 def test_python_yaml_and_json_say_the_same(method: str, optimizer: str, tmp_path: Path) -> None:
-    in_python = Config(method=method, optimizer={"name": optimizer, "learning_rate": 3e-5}, engine="fsdp", train={"epochs": 3})  # type: ignore[arg-type]
-    text = f"method: {method}\noptimizer: {{name: {optimizer}, learning_rate: 3e-5}}\nengine: fsdp\ntrain:\n  epochs: 3\n"
+    in_python = Config(method=method, optimizer={"name": optimizer, "learning_rate": 3e-5}, engine="ddp", train={"epochs": 3})  # type: ignore[arg-type]
+    text = f"method: {method}\noptimizer: {{name: {optimizer}, learning_rate: 3e-5}}\nengine: ddp\ntrain:\n  epochs: 3\n"
     assert load_config(write(tmp_path, text), {}) == in_python
     assert Config.model_validate_json(in_python.model_dump_json()) == in_python
     assert in_python.method.name == method and in_python.optimizer.learning_rate == 3e-5
@@ -94,7 +94,7 @@ def test_the_preset_yields_to_another_method_or_optimizer() -> None:
         ("optimizer: {name: sofia}\n", ["optimizer.name", "'sophia'", "got sofia", "Did you mean sophia?"]),
         ("engine: {name: fsdpp}\n", ["engine.name", "'fsdp'", "got fsdpp", "Did you mean fsdp?"]),
         ("method: {name: ga, beta: 0.1}\n", ["method.beta belongs to npo, got method ga."]),
-        ("optimizer: {name: adamw, rho: 0.1}\n", ["optimizer.rho belongs to sophia, soul_release, got optimizer adamw."]),
+        ("optimizer: {name: adamw, rho: 0.1}\n", ["optimizer.rho belongs to sophia, sophia_h, soul_release, got optimizer adamw."]),
         ("optimizer: {rho: high}\n", ["optimizer.rho: expected a valid number or 'auto', got high."]),
         ("optimizer: {betas: 3}\n", ["optimizer.betas", "tuple", "got 3"]),
         ("train: 3\n", ["train: expected a mapping of settings, got 3."]),
@@ -129,7 +129,7 @@ def test_labels_name_the_flag_in_messages() -> None:
     labels = {"optimizer.rho": "--rho", "optimizer.name": "--optimizer", "train.epochs": "--epochs"}
     overrides = {"optimizer": {"name": "adamw", "rho": "1"}, "train": {"epochs": "none"}}
     assert refused(None, overrides, labels=labels) == [
-        "--rho belongs to sophia, soul_release, got --optimizer adamw.",
+        "--rho belongs to sophia, sophia_h, soul_release, got --optimizer adamw.",
         "--epochs: expected a valid integer, got none.",
     ]
 

@@ -12,12 +12,14 @@ from torch import nn
 
 from soul.optim.rho import RhoController
 from soul.optim.signum import Signum
-from soul.optim.sophia import SophiaG
+from soul.optim.sophia import SophiaG, SophiaH
 from soul.optim.soul_release import SoulRelease
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
+HessianData = Literal["retain", "forget", "both"]
+Estimator = Literal["gnb", "fisher", "hutchinson"]
 
 
 class _Optimizer(BaseModel, ABC):
@@ -29,7 +31,7 @@ class _Optimizer(BaseModel, ABC):
         1e-5,
         gt=0,
         description="Peak learning rate (5e-4 for the tiny model trained from scratch unless given). "
-        "For sophia, signum and soul_release also the furthest a weight can move in one step.",
+        "For sophia, sophia_h, signum and soul_release also the furthest a weight can move in one step.",
     )
     weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay per unit of learning rate; biases and norms are exempt.")
 
@@ -37,6 +39,8 @@ class _Optimizer(BaseModel, ABC):
     """The family in which tables show the optimizer, as in FO-NPO and SO-NPO."""
     state_tensors: ClassVar[int] = 2
     """State tensors of a parameter's size, for memory planning."""
+    estimator: ClassVar[Estimator | None] = None
+    """How curvature is measured, None where it is not: Gauss-Newton-Bartlett, or Hutchinson's estimate of the Hessian."""
 
     @property
     def second_order(self) -> bool:
@@ -75,10 +79,9 @@ class AdamWConfig(_Optimizer):
         return torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=fused or None)
 
 
-class SophiaConfig(_Optimizer):
-    """Sophia-G: momentum over a Gauss-Newton diagonal, clipped (second-order)."""
+class _SophiaConfig(_Optimizer, ABC):
+    """Abstract: what Sophia has with either estimate of the curvature."""
 
-    name: Literal["sophia"] = "sophia"
     betas: tuple[Fraction, Fraction] = Field(
         (0.9, 0.95), description="Decay of the gradient average per step and of the curvature average per curvature update."
     )
@@ -88,11 +91,12 @@ class SophiaConfig(_Optimizer):
     )
     target_unclipped: float = Field(0.3, gt=0, lt=1, description="Fraction of the moving coordinates rho=auto leaves unclipped.")
     hessian_every: int = Field(10, ge=1, description="Steps between curvature updates, the first one before step 0.")
-    hessian_data: Literal["retain", "forget", "both"] | None = Field(
+    hessian_data: HessianData | None = Field(
         None, description="Rows whose loss defines the curvature. Default: retain where the method trains on retain rows, else forget."
     )
 
     order: ClassVar[Literal["FO", "SO"]] = "SO"
+    kind: ClassVar[type[SophiaG]]
 
     @property
     def second_order(self) -> bool:
@@ -108,7 +112,25 @@ class SophiaConfig(_Optimizer):
     def build(self, named_parameters: NamedParameters, *, eager_state: bool = True) -> SophiaG:
         rho = RhoController().rho if self.rho == "auto" else self.rho
         groups = self._groups(named_parameters)
-        return SophiaG(groups, lr=self.learning_rate, betas=self.betas, rho=rho, eps=self.eps, eager_state=eager_state)
+        return self.kind(groups, lr=self.learning_rate, betas=self.betas, rho=rho, eps=self.eps, eager_state=eager_state)
+
+
+class SophiaConfig(_SophiaConfig):
+    """Sophia-G: momentum over a Gauss-Newton diagonal, clipped (second-order)."""
+
+    name: Literal["sophia"] = "sophia"
+
+    estimator: ClassVar[Estimator] = "gnb"
+    kind: ClassVar[type[SophiaG]] = SophiaG
+
+
+class SophiaHConfig(_SophiaConfig):
+    """Sophia-H: momentum over the Hessian's diagonal by Hutchinson's estimate, clipped (second-order; engines single and ddp)."""
+
+    name: Literal["sophia_h"] = "sophia_h"
+
+    estimator: ClassVar[Estimator] = "hutchinson"
+    kind: ClassVar[type[SophiaG]] = SophiaH
 
 
 class SoulReleaseConfig(_Optimizer):
@@ -138,11 +160,12 @@ class SignumConfig(_Optimizer):
         return Signum(self._groups(named_parameters), lr=self.learning_rate, momentum=self.momentum, eager_state=eager_state)
 
 
-OPTIMIZERS: dict[str, type[AdamWConfig] | type[SophiaConfig] | type[SoulReleaseConfig] | type[SignumConfig]] = {
+OPTIMIZERS: dict[str, type[AdamWConfig] | type[SophiaConfig] | type[SophiaHConfig] | type[SoulReleaseConfig] | type[SignumConfig]] = {
     "adamw": AdamWConfig,
     "sophia": SophiaConfig,
+    "sophia_h": SophiaHConfig,
     "soul_release": SoulReleaseConfig,
     "signum": SignumConfig,
 }
 
-OptimizerConfig = Annotated[AdamWConfig | SophiaConfig | SoulReleaseConfig | SignumConfig, Field(discriminator="name")]
+OptimizerConfig = Annotated[AdamWConfig | SophiaConfig | SophiaHConfig | SoulReleaseConfig | SignumConfig, Field(discriminator="name")]

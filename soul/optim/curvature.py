@@ -1,5 +1,6 @@
-"""The Gauss-Newton-Bartlett estimate: labels drawn from the model's own softmax, reproducibly.
+"""Reproducible randomness of the two curvature estimates: labels drawn from the model's own softmax, and probes of +1 and -1.
 
+Gauss-Newton-Bartlett, which needs labels.
 For logits f_b and labels yhat_b ~ softmax(f_b), drawn independently, the gradient of CE(f_b, yhat_b) has zero mean and the
 expectation of its square is the diagonal of the Gauss-Newton matrix J_b^T S_b J_b. Squares of a sum lose their cross terms in
 expectation, so for any weights w_b >= 0
@@ -9,14 +10,19 @@ expectation, so for any weights w_b >= 0
 Hence a loss that weighs tokens unequally (forget and retain means of different lengths) needs the square roots of its weights
 and no further scale. For equal weights 1/T it is T times the squared gradient of the mean loss.
 
+Hutchinson: for a probe u of independent entries with mean 0 and variance 1, E[u * (H u)] is the diagonal of H.
+
 Shape letters: B rows, N supervised positions of all rows in row order, V vocabulary.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
+import sys
+
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 _WORD = 2**64
@@ -36,10 +42,13 @@ def label_uniforms(index_B: Tensor, lengths_B: Tensor, *, seed: int, update: int
 
 
 def _uniforms(num: int, *, key: tuple[int, int], stream: tuple[int, int]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    return (_words(num, key=key, stream=stream) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _words(num: int, *, key: tuple[int, int], stream: tuple[int, int]) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
     """The first `num` of a Philox stream. Raw words, because numpy may change what its distributions make of them."""
     key_words, counter = (np.array([word % _WORD for word in words], dtype=np.uint64) for words in (key, (0, 0, *stream)))
-    words = np.asarray(np.random.Philox(key=key_words, counter=counter).random_raw(num), dtype=np.uint64)
-    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return np.asarray(np.random.Philox(key=key_words, counter=counter).random_raw(num), dtype=np.uint64)
 
 
 @torch.no_grad()
@@ -57,6 +66,14 @@ def sample_labels(logits_NV: Tensor, uniforms_N: Tensor, *, chunk: int = 1024) -
     return torch.cat(labels)
 
 
-def sampled_label_nll(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """-log softmax(logits)[label] per position, in float32 or wider: what is weighted, summed and differentiated. Shape (N,)."""
-    return F.cross_entropy(logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)), labels_N, reduction="none")
+def probe_signs(name: str, shape: tuple[int, ...], *, seed: int, update: int) -> Tensor:
+    """Hutchinson's probe of one parameter: +1 or -1 with equal odds, float32 on the CPU.
+
+    From a stream named by (seed, update, the parameter's name) alone, so that every rank, cut and restart has the same. Signs and not
+    normal numbers: of all probes of unit variance they give the estimate the least one.
+    """
+    digest = hashlib.sha256(name.encode()).digest()
+    numel = math.prod(shape)
+    words = _words(-(-numel // 64), key=(seed, update), stream=(int.from_bytes(digest[:8]), int.from_bytes(digest[8:16])))
+    bits = np.unpackbits(words.view(np.uint8) if sys.byteorder == "little" else words.byteswap().view(np.uint8), count=numel)
+    return torch.from_numpy(bits).to(torch.float32).mul_(2).sub_(1).view(shape)

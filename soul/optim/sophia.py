@@ -1,11 +1,11 @@
-"""SophiaG: momentum divided by a curvature diagonal, clipped element-wise (Liu et al. 2023, arXiv 2305.14342).
+"""Sophia: momentum divided by a curvature diagonal, clipped element-wise (Liu et al. 2023, arXiv 2305.14342).
 
     h     <- b2 h + (1 - b2) scale g^2              update_hessian(), on gradients of a sampled-label loss (curvature.py)
     m     <- b1 m + (1 - b1) g                      step(), on gradients of the training loss
     theta <- theta (1 - lr wd) - lr clip(m / max(rho h / (1 - b2^n), eps), 1)
 
 h starts at zero, so after n updates it is (1 - b2^n) of its mean. Dividing that out is what lets a run of a few hundred steps
-leave the pure sign descent it would otherwise spend most of its life in.
+leave the pure sign descent it would otherwise spend most of its life in. SophiaG's h is of squares, SophiaH's of the Hessian itself.
 """
 
 from __future__ import annotations
@@ -76,12 +76,22 @@ class SophiaG(ShardOptimizer):
         `scale`: number of tokens behind a mean sampled-label loss, 1 for a sqrt-weighted one. Fold per micro-batch and pass
         `decay=False` from the second on: cross terms have zero mean, so h stays unbiased at the same scale with less noise.
         """
-        self._for_each_bucket(lambda group, bucket: _fold_hessian_(group, bucket, scale=scale, decay=decay))
+        self._for_each_bucket(lambda group, bucket: self._fold_hessian_(group, bucket, scale=scale, decay=decay))
 
     def _update_(self, group: Group, bucket: Bucket) -> None:
         if self.mode == "hessian":
-            _fold_hessian_(group, bucket, scale=self.hessian_scale, decay=self.hessian_decay)
-            return
+            self._fold_hessian_(group, bucket, scale=self.hessian_scale, decay=self.hessian_decay)
+        else:
+            self._move_(group, bucket)
+
+    def _fold_hessian_(self, group: Group, bucket: Bucket, *, scale: float, decay: bool) -> None:
+        """Fold a bucket's gradients into its h."""
+        _, grads, _, hessians = bucket
+        beta2 = group["betas"][1]
+        fold_square_(hessians, grads, decay=beta2 if decay else 1.0, weight=(1 - beta2) * scale)
+
+    def _move_(self, group: Group, bucket: Bucket) -> None:
+        """Move a bucket's parameters."""
         params, grads, exp_avgs, hessians = bucket
         fold_momentum_(exp_avgs, grads, beta=group["betas"][0])
         denominators = torch._foreach_mul(hessians, group["rho"] * hessian_correction(group))
@@ -105,7 +115,14 @@ def hessian_correction(group: Group) -> float:
     return 1.0 / (1.0 - group["betas"][1] ** num_updates) if num_updates else 0.0
 
 
-def _fold_hessian_(group: Group, bucket: Bucket, *, scale: float, decay: bool) -> None:
-    _, grads, _, hessians = bucket
-    beta2 = group["betas"][1]
-    fold_square_(hessians, grads, decay=beta2 if decay else 1.0, weight=(1 - beta2) * scale)
+class SophiaH(SophiaG):
+    """Sophia with Hutchinson's estimate: what it is given as gradients to fold are samples of the Hessian's own diagonal, u * (H u).
+
+    h may be negative, which no threshold of the step lets through: max(rho h, eps) makes such a coordinate's step a sign step.
+    """
+
+    def _fold_hessian_(self, group: Group, bucket: Bucket, *, scale: float, decay: bool) -> None:
+        _, samples, _, hessians = bucket
+        beta2 = group["betas"][1]
+        torch._foreach_mul_(hessians, beta2 if decay else 1.0)
+        torch._foreach_add_(hessians, samples, alpha=(1 - beta2) * scale)

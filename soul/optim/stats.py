@@ -64,23 +64,23 @@ def step_sums(directions: list[Tensor], *, lr: float) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class CurvatureStats:
-    """A non-negative curvature diagonal. Ranks add their `sums` and `histogram` and take the largest `maximum`."""
+    """A curvature diagonal. Ranks add their `sums` and `histogram` and take the largest `maximum`; quantiles count negatives as zeros."""
 
-    sums: Tensor  # number of non-zeros, number of zeros, sum of h
+    sums: Tensor  # number of non-zeros, number of zeros, sum of h, number of negatives
     maximum: Tensor
     histogram: Tensor
 
     @classmethod
     def of(cls, hessians: Iterable[Tensor], *, quantiles: bool = True) -> CurvatureStats:
         """Without `quantiles` the histogram stays empty."""
-        stats = cls(torch.zeros(3, dtype=torch.float64), torch.zeros((), dtype=torch.float64), torch.zeros(NUM_BINS, dtype=torch.int64))
+        stats = cls(torch.zeros(4, dtype=torch.float64), torch.zeros((), dtype=torch.float64), torch.zeros(NUM_BINS, dtype=torch.int64))
         for h in hessians:
             num_nonzero = h.count_nonzero()
-            sums = torch.stack([num_nonzero, h.numel() - num_nonzero, h.sum(dtype=torch.float64)])
+            sums = torch.stack([num_nonzero, h.numel() - num_nonzero, h.sum(dtype=torch.float64), (h < 0).sum()])
             stats = cls(
                 sums=stats.sums.to(h.device) + sums,
                 maximum=torch.maximum(stats.maximum.to(h.device), h.max().double()),
-                histogram=stats.histogram.to(h.device) + log_histogram(h) if quantiles else stats.histogram,
+                histogram=stats.histogram.to(h.device) + log_histogram(h.clamp(min=0)) if quantiles else stats.histogram,
             )
         return stats
 
@@ -91,6 +91,10 @@ class CurvatureStats:
     @property
     def zero_fraction(self) -> Tensor:
         return self.sums[1] / self.sums[:2].sum().clamp(min=1)
+
+    @property
+    def negative_fraction(self) -> Tensor:
+        return self.sums[3] / self.sums[:2].sum().clamp(min=1)
 
     def quantile(self, q: float) -> float:
         """The q-quantile of h, 0 < q < 1, to a few percent of its size; 0.0 where it falls among the zeros."""

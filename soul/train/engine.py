@@ -90,6 +90,16 @@ class EngineConfig(BaseModel):
         if lora_rank is not None and self.name == "deepspeed" and self.precision != "fp32":
             raise ValueError("lora_rank under deepspeed in bf16 would round the weights it adds to. Choose engine fsdp, or precision fp32.")
 
+    def check_estimator(self, optimizer: str, estimator: str | None) -> None:
+        """Raises:
+        ValueError: the optimizer's curvature needs a second derivative through a sharded backward pass, which there is none of.
+        """
+        if estimator == "hutchinson" and self.name in ("fsdp", "deepspeed"):
+            raise ValueError(
+                f"{optimizer} differentiates gradients again, which {self.name} reduces in a way that has no derivative. Choose engine "
+                "single or ddp (--engine), or optimizer sophia (--optimizer), whose curvature every engine measures."
+            )
+
     def cautions(self, learning_rate: float) -> list[str]:
         """What is allowed and costs more than it looks. Shares were measured on weights of size 0.02 over 200 sign-like steps."""
         if self.precision != "pure_bf16":

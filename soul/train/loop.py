@@ -19,8 +19,9 @@ from soul.optim.configs import OptimizerConfig
 from soul.optim.schedule import lr_factor
 from soul.optim.sophia import SophiaG
 from soul.train.config import TrainConfig
+from soul.train.curvature import measure_curvature
 from soul.train.engine import Engine
-from soul.train.objective import global_counts, sampled_loss, term_sums
+from soul.train.objective import global_counts, term_sums
 from soul.train.telemetry import Telemetry
 
 
@@ -67,32 +68,6 @@ class Hooks:
 
     after_step: Callable[[dict[str, Any]], None] = lambda row: None
     after_epoch: Callable[[int, Progress], None] = lambda epoch, progress: None
-
-
-def hessian_splits(method: Method, optimizer: OptimizerConfig) -> tuple[str, ...]:
-    """Which streamed splits curvature is measured on: retain rows where the method has them (influence theory), else the leading split."""
-    streamed = tuple(term.split for term in method.terms() if term.weight > 0)
-    choice = getattr(optimizer, "hessian_data", None)
-    if choice == "both":
-        return streamed
-    if choice == "forget" or "retain" not in streamed:
-        return streamed[:1]
-    return ("retain",)
-
-
-def _measure_curvature(
-    engine: Engine, batches: Sequence[Batch], method: Method, optimizer: OptimizerConfig, progress: Progress, seed: int
-) -> None:
-    """One Gauss-Newton-Bartlett update of h: squared per micro-batch after the cross-rank reduce, never norm-clipped."""
-    splits = hessian_splits(method, optimizer)
-    counts = global_counts(engine, batches, [(split, "tokens") for split in splits])
-    weights = {term.split: term.weight for term in method.terms()}
-    token_weights = {split: weights[split] / tokens for split, tokens in zip(splits, counts, strict=True) if tokens > 0}
-    for i, batch in enumerate(batches):
-        loss = sampled_loss(engine, batch, token_weights, seed=seed, update=progress.hessian_updates)
-        engine.backward(loss, last=True)
-        engine.hessian_step(decay=i == 0)
-    progress.hessian_updates += 1
 
 
 def _descend(engine: Engine, batches: Sequence[Batch], method: Method, step: int) -> tuple[dict[str, float], float]:
@@ -149,7 +124,8 @@ def train(
         started = time.perf_counter()
         batches = [batch.to(engine.device) for batch in batches]
         if optimizer.curvature_due(progress.step):
-            _measure_curvature(engine, batches, method, optimizer, progress, config.seed)
+            measure_curvature(engine, batches, method, optimizer, seed=config.seed, update=progress.hessian_updates)
+            progress.hessian_updates += 1
         if isinstance(engine.optimizer, SophiaG):
             engine.optimizer.set_hessian_updates(progress.hessian_updates)  # not in checkpoints: a resumed run counts from here
         rate = _set_rate(engine, optimizer, config, step=progress.step, total=total)

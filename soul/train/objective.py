@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from soul.batch import IGNORE_INDEX, SPLITS, Batch
-from soul.models.scoring import AnswerLogps, answer_logits, answer_logps
+from soul.models.scoring import AnswerLogps, answer_logits, answer_logps, token_logps
 from soul.objectives.terms import Term, Unit
-from soul.optim.curvature import label_uniforms, sample_labels, sampled_label_nll
+from soul.optim.curvature import label_uniforms, sample_labels
 from soul.train.engine import Engine
 
 
@@ -72,6 +73,20 @@ def sampled_loss(engine: Engine, batch: Batch, token_weights: dict[str, float], 
         logits_NV = answer_logits(engine.model, batch)
     lengths_B = (batch.labels_BT != IGNORE_INDEX).sum(1)
     uniforms_N = label_uniforms(batch.index_B, lengths_B, seed=seed, update=update, split_B=batch.split_B)
-    losses_N = sampled_label_nll(logits_NV, sample_labels(logits_NV.detach(), uniforms_N))
+    losses_N = -token_logps(logits_NV, sample_labels(logits_NV.detach(), uniforms_N))
+    return (_row_weights(batch, token_weights, losses_N).sqrt() * losses_N).sum()
+
+
+def weighted_nll(engine: Engine, model: nn.Module, batch: Batch, token_weights: dict[str, float]) -> Tensor:
+    """Sum over supervised tokens of w * CE(logits, label), of `model`, which may be differentiated twice."""
+    batch = select(batch, list(token_weights))
+    with engine.autocast():
+        logits_NV = answer_logits(model, batch)
+    losses_N = F.cross_entropy(logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)), batch.targets_N, reduction="none")
+    return (_row_weights(batch, token_weights, losses_N) * losses_N).sum()
+
+
+def _row_weights(batch: Batch, token_weights: dict[str, float], losses_N: Tensor) -> Tensor:
+    """The weight of each supervised token, which is its split's."""
     weights_S = torch.tensor([token_weights.get(split, 0.0) for split in SPLITS], dtype=losses_N.dtype, device=losses_N.device)
-    return (weights_S[batch.split_B][batch.row_N].sqrt() * losses_N).sum()
+    return weights_S[batch.split_B][batch.row_N]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from soul.optim.base import ShardOptimizer, local_shard
-from soul.optim.configs import OptimizerConfig, SophiaConfig
+from soul.optim.configs import OptimizerConfig, SophiaConfig, SophiaHConfig
 from soul.optim.rho import RhoController, log_ratio_histogram
-from soul.optim.sophia import SophiaG
+from soul.optim.sophia import SophiaG, SophiaH
 from soul.optim.stats import OptimizerStats
 from soul.train.engine import Engine
 
@@ -24,7 +24,7 @@ class Telemetry:
         self.engine, self.every = engine, every
         self.controller: RhoController | None = None
         self._row: dict[str, float | None] = {}
-        if isinstance(optimizer, SophiaConfig) and optimizer.rho == "auto":
+        if isinstance(optimizer, SophiaConfig | SophiaHConfig) and optimizer.rho == "auto":
             self.controller = RhoController(target=optimizer.target_unclipped)
             if rho_state:
                 self.controller.load_state_dict(rho_state)
@@ -67,6 +67,8 @@ class Telemetry:
             curvature = replace(local, sums=self._over_shards(local.sums.to(self.engine.device)))
             row["hessian_mean"] = float(curvature.mean)
             row["hessian_zero_fraction"] = float(curvature.zero_fraction)
+            if isinstance(optimizer, SophiaH):
+                row["hessian_negative_fraction"] = float(curvature.negative_fraction)
         return row
 
     def _over_shards(self, tensor: Tensor) -> Tensor:

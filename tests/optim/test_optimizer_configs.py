@@ -129,13 +129,14 @@ def test_settings_of_other_optimizers_do_not_exist() -> None:
 def test_curvature_is_due_before_step_zero_and_at_the_interval() -> None:
     assert [step for step in range(9) if SophiaConfig(hessian_every=4).curvature_due(step)] == [0, 4, 8]
     for name, config in OPTIMIZERS.items():
-        assert config().second_order == (name == "sophia") == any(config().curvature_due(step) for step in range(20))
+        assert config().second_order == (name in ("sophia", "sophia_h")) == any(config().curvature_due(step) for step in range(20))
 
 
 def test_families_shown_in_tables() -> None:
     assert {name: config().order for name, config in OPTIMIZERS.items()} == {
         "adamw": "FO",
         "sophia": "SO",
+        "sophia_h": "SO",
         "soul_release": "SO",
         "signum": "FO",
     }

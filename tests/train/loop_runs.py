@@ -16,7 +16,7 @@ from soul.data.feed import LocalFeed
 from soul.data.pairing import PairedPlan
 from soul.data.store import TokenStore
 from soul.objectives.methods import METHODS, Method, streamed_splits
-from soul.optim.configs import OPTIMIZERS, AdamWConfig, OptimizerConfig, SophiaConfig
+from soul.optim.configs import OPTIMIZERS, AdamWConfig, OptimizerConfig, SophiaConfig, SophiaHConfig
 from soul.train.config import TrainConfig
 from soul.train.engine import EngineConfig
 from soul.train.loop import Hooks, Progress, train
@@ -28,7 +28,7 @@ STEPS_PER_EPOCH, NUM_STEPS = 3, 5
 TRAIN = TrainConfig(epochs=2, max_steps=NUM_STEPS, batch_size=3, micro_batch_size=2, seed=3, telemetry_every=3, bucket_window=1)
 METHODS_BY_NAME: dict[str, Method] = {name: kind() for name, kind in METHODS.items()}
 OPTIMIZERS_BY_NAME: dict[str, OptimizerConfig] = {
-    name: SophiaConfig(learning_rate=1e-3, hessian_every=3) if kind is SophiaConfig else kind(learning_rate=1e-3)
+    name: kind(learning_rate=1e-3, hessian_every=3) if kind is SophiaConfig or kind is SophiaHConfig else kind(learning_rate=1e-3)
     for name, kind in OPTIMIZERS.items()
 }
 

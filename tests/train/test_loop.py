@@ -20,9 +20,11 @@ from soul.objectives.terms import Term
 from soul.optim.configs import AdamWConfig, OptimizerConfig, SignumConfig, SophiaConfig
 from soul.optim.curvature import label_uniforms, sample_labels
 from soul.optim.schedule import lr_factor
+from soul.records import InputError
 from soul.train.config import TrainConfig
+from soul.train.curvature import hessian_splits
 from soul.train.engine import Engine
-from soul.train.loop import NonFiniteGradient, NonFiniteLoss, hessian_splits
+from soul.train.loop import NonFiniteGradient, NonFiniteLoss
 from soul.train.objective import term_sums
 from tests.train.loop_runs import (
     ADAMW,
@@ -191,6 +193,12 @@ def test_the_learning_rate_follows_its_schedule(schedule: Any) -> None:
 )
 def test_which_rows_define_the_curvature(method: Method, data: Any, expected: tuple[str, ...]) -> None:
     assert hessian_splits(method, SophiaConfig(hessian_data=data)) == expected
+
+
+@pytest.mark.parametrize("method", [GA(), GradDiff(retain_weight=0.0), NPO(retain_weight=0.0)])
+def test_retain_rows_that_are_not_there_are_not_replaced_by_others(method: Method) -> None:
+    with pytest.raises(InputError, match=rf"hessian_data retain .* got {method.name} without.*--hessian-data"):
+        hessian_splits(method, SophiaConfig(hessian_data="retain"))
 
 
 @pytest.mark.parametrize("data", ["retain", "forget", "both"])
