@@ -194,7 +194,7 @@ def _add_grid(parser: argparse.ArgumentParser) -> None:
 
 
 def _grid(parsed: argparse.Namespace) -> int:
-    from soul.benchmarks.presets import PRESETS
+    from soul.benchmarks.presets import HEADINGS, PRESETS
     from soul.flags import flags_of, given_settings
     from soul.grid_config import GridConfig
     from soul.settings import load_settings, read_yaml
@@ -218,7 +218,8 @@ def _grid(parsed: argparse.Namespace) -> int:
 
     output, trials = Path(config.output).resolve(), config.all_trials()
     command = shlex.join(["python", "pipelines/grid.py", *parsed.words])
-    table = build_grid_report(trials, output, floor=config.utility_floor, samples=config.samples, command=command)
+    heading = HEADINGS.get(config.preset or "")
+    table = build_grid_report(trials, output, floor=config.utility_floor, samples=config.samples, command=command, heading=heading)
     show_grid(table)
     print(output / "report.html")
     if config.wandb is not None and (told := track_all([output / "trials" / trial.id for trial in trials], project=config.wandb)):

@@ -14,10 +14,11 @@ from soul.evaluate.settings import EvalSettings
 from soul.train.config import TrainConfig
 from soul.train.engine import EngineConfig
 
+# influence takes one step of its own, with no optimizer to cross it with
 MethodName = Literal["ga", "grad_diff", "po", "npo"]
-OptimizerName = Literal["adamw", "sophia", "soul_release", "signum"]
+OptimizerName = Literal["adamw", "sophia", "sophia_h", "soul_release", "signum"]
 # The furthest a weight of a tiny model may usefully move in a step is larger than a pretrained one's.
-RATES_TINY, RATES_PRETRAINED = (2e-5, 1e-3), (1e-6, 5e-5)
+RATES_TINY, RATES_PRETRAINED = (2e-5, 4e-3), (1e-6, 5e-5)
 WEIGHTS = (0.5, 8.0)
 
 

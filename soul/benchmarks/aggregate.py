@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import fmean
+from typing import Literal
 
-from soul.benchmarks.fronts import Point, bootstrap_interval, deepest_shared_level, kept_at, pareto_front
+from soul.benchmarks.fronts import Point, bootstrap_interval, kept_at, level_to_compare, pareto_front
 from soul.benchmarks.grid import Cell
 from soul.benchmarks.objective import objective
 from soul.benchmarks.outcomes import Outcome, Values
@@ -14,7 +16,9 @@ from soul.benchmarks.paired import Difference, Summary, paired_difference, summa
 
 MAIN_METRICS = ("rougeL_recall", "exact_memorization", "probability")
 CHEAP_METRIC = "exact_memorization"
-FIRST_ORDER = "adamw"
+BASELINES = ("adamw", "signum")  # first order: with the gradient's second moment, and with its sign alone
+SEARCHED = ("learning_rate", "retain_weight")
+Edge = Literal["smallest", "largest"]
 
 
 @dataclass(frozen=True)
@@ -46,20 +50,45 @@ class Row:
         costs = [outcome.cost.get(name) or 0.0 for outcome in self.outcomes for name in ("train_s", "eval_s")]
         return sum(costs)
 
+    def cost(self, name: str) -> float | None:
+        """Mean over the selected runs; None where it was not measured."""
+        known = [value for outcome in self.selected if (value := outcome.cost.get(name)) is not None]
+        return fmean(known) if known else None
+
     @cached_property
     def num_choices(self) -> int:
         return len({outcome.trial.choice.key for outcome in self.outcomes})
 
+    def edge(self, outcome: Outcome, name: str) -> Edge | None:
+        """Whether the value of setting `name` is the smallest or the largest that the cell tried: a better one may lie outside."""
+        tried = {value for one in self.outcomes if isinstance(value := one.trial.choice.settings.get(name), int | float)}
+        value = outcome.trial.choice.settings.get(name)
+        if len(tried) < 2 or value not in {min(tried), max(tried)}:
+            return None
+        return "smallest" if value == min(tried) else "largest"
+
+    @property
+    def edges(self) -> dict[str, Edge]:
+        """The searched settings whose selected value lies at an edge in any seed."""
+        found = ((name, self.edge(outcome, name)) for outcome in self.selected for name in SEARCHED)
+        return {name: edge for name, edge in found if edge is not None}
+
 
 @dataclass(frozen=True)
-class EqualForgetting:
-    """Retain score of `cell` minus that of the same method's `baseline`, seed by seed, where both leave `level` of the forget rows."""
+class Comparison:
+    """`cell` minus a first-order `baseline` of the same method, seed by seed."""
 
     cell: Cell
     baseline: Cell
     metric: str
+    """What `difference` is measured by."""
     level: float | None
+    """The share of the forget rows that both leave where `difference` compares their retain scores."""
     difference: Difference
+    forgetting: Difference
+    """Of the forget scores (lower is better) of the selected choices, in the seeds in which both keep the floor."""
+    time_ratio: float | None
+    """Training time of a selected run over the baseline's."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +96,31 @@ class Table:
     rows: tuple[Row, ...]
     metric: str
     """What forgetting and keeping are measured by."""
-    differences: tuple[EqualForgetting, ...]
+    differences: tuple[Comparison, ...]
     floor: float
 
     @property
     def halved(self) -> bool:
         return any(row.num_choices > 1 for row in self.rows)
+
+    @property
+    def edges(self) -> list[Row]:
+        """The rows whose search ended at an edge."""
+        return [row for row in self.rows if row.edges]
+
+    @property
+    def best(self) -> list[Row]:
+        """The rows on the Pareto front of (forget, retain), by their means over the seeds and model by model."""
+        found = []
+        for model in self.models:
+            places = [(row, self._mean_place(row)) for row in self.rows if row.cell.model == model]
+            front = pareto_front([place for _, place in places if place is not None])
+            found += [row for row, place in places if place in front]
+        return found
+
+    def _mean_place(self, row: Row) -> Point | None:
+        left, kept = row.values(f"forget.{self.metric}"), row.values(f"retain.{self.metric}")
+        return (fmean(left), fmean(kept)) if left and kept else None
 
     @property
     def models(self) -> list[str]:
@@ -90,7 +138,7 @@ def tabulate(outcomes: Sequence[Outcome], *, floor: float) -> Table:
     metric = next((name for name in MAIN_METRICS if done and all(f"forget.{name}" in outcome.values for outcome in done)), MAIN_METRICS[-1])
     cells = list(dict.fromkeys(outcome.trial.cell for outcome in outcomes))
     rows = tuple(_row(cell, [outcome for outcome in outcomes if outcome.trial.cell == cell], metric, floor) for cell in cells)
-    return Table(rows, metric, tuple(_differences(rows, metric)), floor)
+    return Table(rows, metric, tuple(_comparisons(rows, metric, floor)), floor)
 
 
 def _row(cell: Cell, outcomes: Sequence[Outcome], metric: str, floor: float) -> Row:
@@ -117,35 +165,62 @@ def select(outcomes: Sequence[Outcome], *, metric: str, floor: float) -> Outcome
     return max(found, key=rank, default=None)
 
 
-def _differences(rows: Sequence[Row], metric: str) -> list[EqualForgetting]:
+def _comparisons(rows: Sequence[Row], metric: str, floor: float) -> list[Comparison]:
+    """Every cell against each baseline of its method; the second baseline against the first."""
+    by_cell = {row.cell: row for row in rows}
     found = []
     for row in rows:
-        baseline = next((other for other in rows if other.cell == Cell(row.cell.model, row.cell.method, FIRST_ORDER)), None)
-        if baseline is not None and row is not baseline:
-            found.append(_compare(row, baseline, metric))
+        known = BASELINES.index(row.cell.optimizer) if row.cell.optimizer in BASELINES else len(BASELINES)
+        baselines = [by_cell.get(Cell(row.cell.model, row.cell.method, name)) for name in BASELINES[:known]]
+        found += [_compare(row, baseline, metric, floor) for baseline in baselines if baseline is not None]
     return found
 
 
-def _compare(row: Row, baseline: Row, metric: str) -> EqualForgetting:
+def _compare(row: Row, baseline: Row, metric: str, floor: float) -> Comparison:
     """Along the fronts of all choices; where each cell has only one, along that run's epochs."""
     along_epochs = row.num_choices == baseline.num_choices == 1
     used = CHEAP_METRIC if along_epochs else metric
     seeds = sorted({outcome.trial.seed for outcome in (*row.outcomes, *baseline.outcomes)})
     pairs = [(front_of(row, seed, used, along_epochs), front_of(baseline, seed, used, along_epochs)) for seed in seeds]
-    level = deepest_shared_level([front for pair in pairs if all(pair) for front in pair])
-    if level is None:
-        return EqualForgetting(row.cell, baseline.cell, used, None, paired_difference([], []))
-    left, right = ([kept_at(front, level) if front else None for front in fronts] for fronts in zip(*pairs, strict=True))
-    return EqualForgetting(row.cell, baseline.cell, used, level, paired_difference(left, right))
+    sides = [[pair[side] for pair in pairs if all(pair)] for side in (0, 1)]
+    level = level_to_compare(sides, floor=floor)
+    kept: list[list[float | None]] = [[], []]
+    if level is not None:
+        kept = [[kept_at(front, level) if front else None for front in fronts] for fronts in zip(*pairs, strict=True)]
+    left = [_at_the_floor(one, seeds, metric, floor) for one in (row, baseline)]
+    times = row.cost("train_s"), baseline.cost("train_s")
+    return Comparison(
+        row.cell,
+        baseline.cell,
+        used,
+        level,
+        paired_difference(*kept),
+        paired_difference(*left),
+        times[0] / times[1] if times[0] and times[1] else None,
+    )
+
+
+def _at_the_floor(row: Row, seeds: Sequence[int], metric: str, floor: float) -> list[float | None]:
+    """Each seed's forget score of the selected choice; None where that does not keep the floor."""
+    scores = {o.trial.seed: o.values.get(f"forget.{metric}") for o in row.selected if kept_share(o, metric) >= floor}
+    return [scores.get(seed) for seed in seeds]
 
 
 def front_of(row: Row, seed: int, metric: str, along_epochs: bool = False) -> list[Point]:
-    """The front of a cell's finished runs of one seed, from the target on; empty where none has finished."""
+    """The front of a cell's finished runs of one seed, from the target on; empty where none has finished.
+
+    Which runs are on it is decided on the validation rows; the points are those of the reported rows.
+    """
     done = [outcome for outcome in row.outcomes if outcome.state == "done" and outcome.trial.seed == seed]
     if along_epochs:
         points = [(epoch["forget"].get(metric), epoch["retain"].get(metric)) for outcome in done for epoch in outcome.epochs]
-    else:
-        points = [
-            (side.get(f"forget.{metric}"), side.get(f"retain.{metric}")) for outcome in done for side in (outcome.values, outcome.target)
-        ]
-    return pareto_front([(left, kept) for left, kept in points if left is not None and kept is not None])
+        return pareto_front([(left, kept) for left, kept in points if left is not None and kept is not None])
+    sides = [(o.target_validation, o.target) for o in done[:1]] + [(o.validation, o.values) for o in done]
+    places = [(validated, told) for seen, shown in sides if (validated := _point(seen, metric)) and (told := _point(shown, metric))]
+    chosen = pareto_front([validated for validated, _ in places])
+    return sorted((told for validated, told in places if validated in chosen), reverse=True)
+
+
+def _point(values: Values, metric: str) -> Point | None:
+    left, kept = values.get(f"forget.{metric}"), values.get(f"retain.{metric}")
+    return None if left is None or kept is None else (left, kept)

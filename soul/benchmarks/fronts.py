@@ -39,6 +39,27 @@ def deepest_shared_level(fronts: Sequence[Sequence[Point]]) -> float | None:
     return max(min(left for left, _ in front) for front in fronts)
 
 
+def level_to_compare(sides: Sequence[Sequence[Sequence[Point]]], *, floor: float) -> float | None:
+    """The deepest forgetting that every front of both sides reaches and at which one side still keeps the floor in every seed.
+
+    `floor` is a share of what a front keeps where it forgets least. Deeper than that both have lost what they should keep: where all is
+    lost all is equal. Between runs that keep the floor a front is nearly level; on the cliff behind them a line would say little. None
+    where nothing but the start keeps the floor.
+    """
+    fronts = [front for side in sides for front in side]
+    deepest = deepest_shared_level(fronts)
+    if deepest is None:
+        return None
+    level = max(deepest, min(max(_depth(front, floor) for front in side) for side in sides))
+    return level if level < max(left for front in fronts for left, _ in front) else None
+
+
+def _depth(front: Sequence[Point], floor: float) -> float:
+    """What is left at the deepest point that keeps the floor."""
+    least = floor * max(front)[1]
+    return min(left for left, kept in front if kept >= least)
+
+
 def bootstrap_interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float] | None:
     """Percentile interval of the mean over resampled values; None below two values.
 

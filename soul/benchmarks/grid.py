@@ -17,6 +17,7 @@ from soul.rundir import digest
 Value = float | int | str
 Settings = Mapping[str, Value]
 Search = Literal["grid", "random", "asha"]
+Origin = Literal["published", "scaled", "ours"]
 
 # Models without weights to download: shapes for soul.models.tiny.TinyConfig. Anything else is a folder or a hub id.
 TINY_MODELS: Final[Mapping[str, Mapping[str, int]]] = {
@@ -25,7 +26,8 @@ TINY_MODELS: Final[Mapping[str, Mapping[str, int]]] = {
     "tiny-l": {"hidden_size": 192, "intermediate_size": 512, "num_layers": 3, "num_heads": 6},
 }
 # Hyperparameters that only one optimizer has, and what a search tries for them.
-OWN_CHOICES: Final[Mapping[str, tuple[str, tuple[Value, ...]]]] = {"sophia": ("target_unclipped", (0.1, 0.3, 0.5))}
+_UNCLIPPED: Final[tuple[str, tuple[Value, ...]]] = ("target_unclipped", (0.1, 0.3, 0.5))
+OWN_CHOICES: Final[Mapping[str, tuple[str, tuple[Value, ...]]]] = {"sophia": _UNCLIPPED, "sophia_h": _UNCLIPPED}
 WITHOUT_RETAIN: Final = frozenset({"ga"})
 
 
@@ -50,11 +52,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Choice:
-    """One choice of hyperparameters. `origin` says whose they are where that matters: published, or ours."""
+    """One choice of hyperparameters. `origin` says whose they are where that matters: published, published but scaled, or ours."""
 
     method: Settings = field(default_factory=dict)
     optimizer: Settings = field(default_factory=dict)
-    origin: Literal["published", "ours"] | None = None
+    origin: Origin | None = None
 
     @property
     def key(self) -> str:
@@ -63,10 +65,17 @@ class Choice:
         return digest(settings, length=6) if any(settings) else ""
 
     @property
+    def settings(self) -> dict[str, Value]:
+        return {**self.optimizer, **self.method}
+
+    @property
     def words(self) -> str:
         """ "learning_rate 0.0001, retain_weight 2"; empty for the defaults."""
-        shown = {**self.optimizer, **self.method}
-        return ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items())
+        return ", ".join(map(" ".join, self.said().items()))
+
+    def said(self) -> dict[str, str]:
+        """Every setting's value as it is written."""
+        return {name: f"{value:.3g}" if isinstance(value, float) else str(value) for name, value in self.settings.items()}
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,8 @@ def random_choices(cell: Cell, number: int, *, learning_rates: tuple[float, floa
     """`number` points of the cell's space, log-uniform between the ends of each range.
 
     Every cell gets the same points of learning rate and retain weight, so no optimizer is luckier than another. What only one optimizer
-    has is a further dimension of the same number of points: budgets are equal.
+    has is a further dimension of the same number of points: budgets are equal. A search that learns from its trials (Optuna) would draw
+    other points for each.
     """
     choices = []
     for index in range(1, number + 1):

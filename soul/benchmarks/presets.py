@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-from soul.benchmarks.grid import Cell, Choice
+from soul.benchmarks.grid import Cell, Choice, Origin
 
 # SOUL's cells on TOFU forget10 (arXiv 2404.18239, its released configurations): first and second order differ in learning rate and
 # retain weight as well as in optimizer. GA and NPO were published without a configuration: those settings are ours.
@@ -50,6 +50,8 @@ PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {
         "output": "runs/quick",
     },
 }
+# What a preset's section in a results log is called.
+HEADINGS: Final[Mapping[str, str]] = {"paper": "The paper's cells", "equal": "Grid with equal budgets"}
 
 
 def paper_cells(models: tuple[str, ...], *, learning_rate_scale: float = 1.0) -> dict[Cell, list[Choice]]:
@@ -66,4 +68,5 @@ def _scaled(choice: Choice, scale: float) -> Choice:
         return choice
     rate = choice.optimizer["learning_rate"]
     assert isinstance(rate, float)
-    return replace(choice, optimizer={**choice.optimizer, "learning_rate": float(f"{rate * scale:.4g}")}, origin="ours")
+    origin: Origin = "scaled" if choice.origin == "published" else "ours"
+    return replace(choice, optimizer={**choice.optimizer, "learning_rate": float(f"{rate * scale:.4g}")}, origin=origin)

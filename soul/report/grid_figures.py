@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Final
 
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -11,9 +12,12 @@ from matplotlib.ticker import MaxNLocator
 from soul.benchmarks.aggregate import CHEAP_METRIC, Row, Table, front_of
 from soul.benchmarks.fronts import Point
 from soul.report.figures import Figure, legend_above, share_axis
+from soul.report.grid_paper import paper_name
 from soul.report.numbers import percent
 from soul.report.svg import INK, MUTED, new_figure, run_colour, run_marker, styled, to_svg
 from soul.report.words import METHODS, METRICS, run_title
+
+DASHES: Final = ((0, (4, 1.6)), "-")  # of a method's first and second optimizer
 
 
 def grid_figures(table: Table) -> list[Figure]:
@@ -24,12 +28,23 @@ def grid_figures(table: Table) -> list[Figure]:
         suffix = "" if len(table.models) == 1 else f"-{number}"
         for method in dict.fromkeys(row.cell.method for row in rows):
             found.append(_trade_off([row for row in rows if row.cell.method == method], table, model, f"front-{method}{suffix}"))
-        found += [_curves(rows, split, table, model, f"epochs-{split}{suffix}") for split in ("forget", "retain")]
+        for words, ending, some in _readable(rows):
+            found += [
+                _curves(some, split, f"{words}{_place(table, model)}", f"epochs-{split}{ending}{suffix}") for split in ("forget", "retain")
+            ]
     return [figure for figure in found if figure is not None]
 
 
 def _place(table: Table, model: str) -> str:
     return "" if len(table.models) == 1 else f", {model}"
+
+
+def _readable(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
+    """(words of a title, end of a file name, rows): all curves in one figure, or a figure per method where they would be too many."""
+    if len({row.cell.optimizer for row in rows}) <= len(DASHES):
+        return [("", "", list(rows))]
+    methods = dict.fromkeys(row.cell.method for row in rows)
+    return [(f", {METHODS[method]}", f"-{method}", [row for row in rows if row.cell.method == method]) for method in methods]
 
 
 def _trade_off(rows: Sequence[Row], table: Table, model: str, name: str) -> Figure | None:
@@ -85,26 +100,29 @@ def _dots(axes: object, points: Sequence[Point], colour: str, marker: str, *, si
     return drawn
 
 
-def _curves(rows: Sequence[Row], split: str, table: Table, model: str, name: str) -> Figure | None:
+def _curves(rows: Sequence[Row], split: str, place: str, name: str) -> Figure | None:
     """The paper's Figure 2: a score per epoch, mean over the seeds of the selected choice."""
     word = METRICS[CHEAP_METRIC].title
+    methods, optimizers = ([*dict.fromkeys(getattr(row.cell, name) for row in rows)] for name in ("method", "optimizer"))
     with styled():
         canvas = new_figure()
         axes = canvas.add_subplot()
         told, heights = [], []
-        for position, row in enumerate(rows):
+        for row in rows:
             points = _mean_curve(row, split)
             if not points:
                 continue
+            look = methods.index(row.cell.method) if len(methods) > 1 else optimizers.index(row.cell.optimizer)
+            dash = DASHES[optimizers.index(row.cell.optimizer)] if len(methods) > 1 else "-"
             label = run_title(row.cell.method, row.cell.optimizer)
             axes.plot(
                 [x for x, _ in points],
                 [y for _, y in points],
-                "-",
-                marker=run_marker(position),
+                ls=dash,
+                marker=run_marker(look),
                 ms=5,
-                color=run_colour(position),
-                label=label,
+                color=run_colour(look),
+                label=_short(row, rows),
             )
             told.append(f"{label} from {percent(points[0][1])} to {percent(points[-1][1])}")
             heights += [y for _, y in points]
@@ -112,13 +130,19 @@ def _curves(rows: Sequence[Row], split: str, table: Table, model: str, name: str
             return None
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-        axes.set_ylabel(f"{word} ({'lower' if split == 'forget' else 'higher'} is better)")
+        axes.set_ylabel(f"{word}\n({'lower' if split == 'forget' else 'higher'} is better)")
         share_axis(axes.yaxis, lowest=min(heights))
         legend_above(canvas, axes.lines)
         svg = to_svg(canvas, name)
-    title = f"{'Forget' if split == 'forget' else 'Retain'} rows per epoch{_place(table, model)}"
+    title = f"{'Forget' if split == 'forget' else 'Retain'} rows per epoch{place}"
     caption = f"{word} after each epoch, mean over the seeds of the selected choice. The paper's Figure 2 shows accuracy, without numbers."
     return Figure(name, title, caption, f"{word}, {title.lower()}", tuple(told), svg)
+
+
+def _short(row: Row, rows: Sequence[Row]) -> str:
+    """The paper's "SO-NPO" where that names one row of the figure, else with the optimizer."""
+    namesakes = [other for other in rows if paper_name(other) == paper_name(row)]
+    return paper_name(row) if len(namesakes) == 1 else run_title(row.cell.method, row.cell.optimizer)
 
 
 def _mean_curve(row: Row, split: str) -> list[tuple[float, float]]:

@@ -6,19 +6,20 @@ from collections.abc import Iterator
 from statistics import fmean
 from typing import Final
 
-from soul.benchmarks.aggregate import EqualForgetting, Row, Table
-from soul.report.grid_tables import cell_title, difference_words
-from soul.report.numbers import fixed, percent
-from soul.report.words import METRICS, ORDERS, run_title
+from soul.benchmarks.aggregate import Row, Table
+from soul.report.grid_second_order import second_order
+from soul.report.grid_tables import cell_title
+from soul.report.numbers import percent
+from soul.report.words import METRICS, run_title
 
 WEAK_TARGET: Final = 0.5
 
 
 def statements(table: Table) -> Iterator[str]:
-    """The best cell per model, each method's second-order optimizers against first order, and what limits all of it."""
+    """The best cells per model, second against first order, and what limits all of it."""
     for model in table.models:
         yield from _best(table, model)
-    yield from (_second_order(found) for found in table.differences)
+        yield from second_order(table, model)
     yield from _limits(table)
 
 
@@ -37,6 +38,8 @@ def _best(table: Table, model: str) -> Iterator[str]:
         f"{cell_title(best, table)} leaves least: {percent(fmean(best.values(forget)))} of the forget rows left, "
         f"{percent(fmean(best.values(retain)))} of the retain rows kept.{_ties(best, kept, forget)}"
     )
+    front = [row for row in table.best if row.cell.model == model]
+    yield f"{name}On the Pareto front of (forget, retain), by their means: {', '.join(cell_title(row, table) for row in front)}."
 
 
 def _ties(best: Row, kept: list[Row], path: str) -> str:
@@ -50,23 +53,19 @@ def _ties(best: Row, kept: list[Row], path: str) -> str:
     return f" Inside the noise of it: {', '.join(run_title(row.cell.method, row.cell.optimizer) for row in rivals)}."
 
 
-def _second_order(found: EqualForgetting) -> str:
-    left = run_title(found.cell.method, found.cell.optimizer)
-    right = run_title(found.baseline.method, found.baseline.optimizer)
-    place = "" if found.level is None else f" with {fixed(found.level, 2)} of the forget rows left"
-    role = {"SO": "second order against first", "FO": "a first-order control"}.get(ORDERS.get(found.cell.optimizer, ""), "")
-    metric = METRICS[found.metric].title
-    return f"At equal forgetting{place}, {left} against {right} ({role}): retain {metric} {difference_words(found)}."
-
-
 def _limits(table: Table) -> Iterator[str]:
     seeds = {outcome.trial.seed for row in table.rows for outcome in row.outcomes}
-    intervals = [found for found in table.differences if found.difference.low is not None]
+    intervals = sum(difference.low is not None for found in table.differences for difference in (found.difference, found.forgetting))
     if intervals:
         yield (
-            f"{len(intervals)} differences with a 95 % interval: about {0.05 * len(intervals):.1g} of them would leave zero out by chance. "
+            f"{intervals} differences with a 95 % interval: about {0.05 * intervals:.1g} of them would leave zero out by chance. "
             "Seeds vary data order and sampled labels; target and forget set are the same, so nothing is said about others."
         )
+    if table.edges:
+        names = ", ".join(
+            f"{cell_title(row, table)} ({', '.join(f'{edge} {name}' for name, edge in row.edges.items())})" for row in table.edges
+        )
+        yield f"The search of {len(table.edges)} of {len(table.rows)} cells ended at the edge of its range in some seed: {names}."
     for model in table.models:
         start = table.reference(model, "target").get(f"forget.{table.metric}")
         if start is not None and start < WEAK_TARGET:

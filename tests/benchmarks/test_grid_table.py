@@ -15,15 +15,16 @@ import pytest
 
 from soul.benchmarks.aggregate import Table, front_of, select, tabulate
 from soul.benchmarks.fronts import bootstrap_interval, deepest_shared_level, kept_at, pareto_front
-from soul.benchmarks.grid import Cell, Choice, Trial
+from soul.benchmarks.grid import Cell, Choice, Origin, Trial
 from soul.benchmarks.outcomes import CRASHED, FAILED, MARK_KEY, STOPPED, Outcome, half_of, read_outcome, reference_folder
 from soul.benchmarks.paired import paired_difference
 from soul.evaluate.eval_log import EvalLog, SplitLog
 from soul.evaluate.score import score
 from soul.evaluate.tofu_log import AGGREGATED, write_tofu_log
 from soul.records import InputError
-from soul.report.grid_build import build_grid_report, compose_grid, show_grid
-from soul.report.grid_paper import PAPER_HEAD, PAPER_TABLE_2, our_table_2, our_table_6
+from soul.report.grid_build import build_grid_report, show_grid
+from soul.report.grid_content import compose_grid
+from soul.report.grid_paper import PAPER_HEAD, PAPER_TABLE_2, our_table_6, own_table_2, table_2
 from soul.report.grid_tables import difference_words, latex_grid, latex_text, main_grid, sort_key, trials_csv
 from soul.rundir import RunDir, write_json
 
@@ -203,19 +204,19 @@ def test_differences_at_equal_forgetting_are_those_of_the_fronts() -> None:
     assert found.difference.mean == pytest.approx(0.08, abs=1e-9) and found.difference.num_pairs == 3
     expected = paired_difference([0.08, 0.088, 0.072], [0.0, 0.0, 0.0])
     assert (found.difference.low, found.difference.high) == pytest.approx((expected.low, expected.high))
-    assert "outside the noise of 3 seeds" in difference_words(found)
+    assert "outside the noise of 3 seeds" in difference_words(found.difference)
 
 
 def test_a_difference_smaller_than_its_noise_is_printed_as_such() -> None:
     [found] = tabulate(two_searches(gap=0.002, noise=0.05), floor=0.5).differences
-    assert difference_words(found).endswith("inside the noise")
+    assert difference_words(found.difference).endswith("inside the noise")
 
 
 def test_a_single_choice_is_compared_along_its_epochs() -> None:
     table = tabulate([outcome("adamw", 1e-4, 0, 0.2, 0.6), outcome("sophia", 1e-4, 0, 0.4, 0.8)], floor=0.5)
     [found] = table.differences
     assert found.metric == "exact_memorization" and found.level == pytest.approx(0.4)
-    assert found.difference.mean == pytest.approx(0.8 - 0.7) and "one seed, no interval" in difference_words(found)
+    assert found.difference.mean == pytest.approx(0.8 - 0.7) and "one seed, no interval" in difference_words(found.difference)
     assert front_of(table.rows[0], 0, "exact_memorization", along_epochs=True)[0] == (1.0, 1.0)
 
 
@@ -242,7 +243,8 @@ def test_the_row_of_a_cell_holds_mean_spread_interval_trials_and_time() -> None:
     cells = dict(zip(grid.head, next(row for row in grid.rows if row[0] == "FO-NPO (adamw)"), strict=True))
     assert cells["Forget ROUGE-L ↓"] == "0.200 ± 0.000 [0.200, 0.200]"
     assert (cells["seeds"], cells["trials"], cells["time of all trials"]) == ("3", "9", "27.0\N{NO-BREAK SPACE}s")
-    assert cells["settings"] == "learning_rate 0.0004"
+    assert cells["settings"] == "learning_rate 0.0004 (largest tried)"
+    assert cells["training time of a run"] == "2.0\N{NO-BREAK SPACE}s" and "peak memory" not in cells
     assert not [row for row in grid.rows if len(row) != len(grid.head)]
 
 
@@ -271,13 +273,23 @@ def test_the_csv_holds_every_trial_and_marks_the_selected_ones() -> None:
     assert all(float(row["forget.rougeL_recall"]) == pytest.approx(by_name[row["trial"]].values["forget.rougeL_recall"]) for row in rows)
 
 
-def test_latex_has_as_many_columns_as_it_says_and_escapes_text() -> None:
-    text = latex_grid(main_grid(tabulate(two_searches(), floor=0.5)), label="tab:x")
-    columns = len(re.search(r"begin\{tabular\}\{(l?r+)\}", text)[1])  # type: ignore[index]
-    lines = [line for line in text.splitlines() if line.endswith(r"\\")]
-    assert lines and all(line.count(" & ") == columns - 1 for line in lines)
+def test_latex_is_whole_plain_and_has_as_many_columns_as_it_says() -> None:
+    table = tabulate([*two_searches(), *paper_outcomes()], floor=0.5)
+    report = compose_grid(table, two_searches(), samples=(), command=None)
+    assert report.differences is not None and len(report.paper) == 3
+    for number, grid in enumerate((report.main, report.differences, *report.paper)):
+        text = latex_grid(grid, label=f"tab:{number}")
+        assert text.isascii()
+        columns = len(re.search(r"begin\{tabular\}\{(l?r+)\}", text)[1])  # type: ignore[index]
+        lines = [line for line in text.splitlines() if line.endswith(r"\\")]
+        assert len(lines) == len(grid.rows) + 1 and all(line.count(" & ") == columns - 1 for line in lines)
+        assert not [line for line in lines if line.startswith("[")]  # LaTeX would read it as the space after the line before
+        bare = re.sub(r"\\[\\{}%&$#_]", "", text)
+        assert bare.count("{") == bare.count("}") and bare.count("$") % 2 == 0
+        assert "%" not in bare.replace("{!}{%", "") and not re.search(r"[#^_~]", bare.replace("~", ""))
+        assert re.findall(r"\\begin\{(\w+)\}", text) == re.findall(r"\\end\{(\w+)\}", text)[::-1]
     assert latex_text("50% of a_b & −1 ± 2") == r"50\% of a\_b \& $-$1 $\pm$ 2"
-    assert not re.search("[↑↓±−–≈]", text)
+    assert latex_text("a\\b^c~{d}") == r"a\textbackslash{}b\^{}c\textasciitilde{}\{d\}"
 
 
 def test_cells_sort_by_the_number_they_begin_with() -> None:
@@ -299,31 +311,43 @@ def paper_outcomes() -> list[Outcome]:
     made = []
     for method, optimizer in (("grad_diff", "adamw"), ("grad_diff", "soul_release"), ("npo", "soul_release")):
         run = outcome(optimizer, 1e-4, 0, 0.3, 0.8, method=method)
-        made.append(outcome(optimizer, 1e-4, 0, 0.3, 0.8, method=method, values={**run.values, **more}))
+        origin: Origin = "ours" if method == "npo" else "published"
+        trial = replace(run.trial, choice=replace(run.trial.choice, origin=origin))
+        made.append(replace(run, trial=trial, values={**run.values, **more}))
     return made
 
 
-def test_the_papers_table_is_printed_beside_ours_with_the_same_names_of_rows() -> None:
+def test_the_papers_numbers_are_printed_beside_ours_in_its_own_rows_and_columns() -> None:
     table = tabulate(paper_outcomes(), floor=0.5)
-    ours = our_table_2(table, "tiny")
-    assert [row[0] for row in ours.rows] == ["Original", "FO-GradDiff", "SO-GradDiff", "SO-NPO", "Retrained"]
-    assert {row[0] for row in ours.rows[:-1]} <= set(PAPER_TABLE_2)
+    ours = table_2(table, "tiny")
+    assert ours.head == ("", *PAPER_HEAD)
+    assert [row[0] for row in ours.rows] == ["Original", "FO-GradDiff", "SO-GradDiff", "SO-NPO (our settings)", "Retrained"]
+    for row in ours.rows[:-1]:
+        printed = PAPER_TABLE_2[row[0].removesuffix(" (our settings)")]
+        assert [float(cell.partition("[")[2].rstrip("]")) for cell in row[1:]] == list(printed)
+    assert not [cell for cell in ours.rows[-1] if "[" in cell]  # the paper has no retrained model
     cells = dict(zip(ours.head, ours.rows[2], strict=True))
-    assert (cells["self-KS, 1 − p"], cells["FQ, log10 p"], cells["MIA as released"], cells["F-RougeL"]) == (
-        "0.75",
-        "−7.5",
-        "0.4000",
-        "0.3000",
+    assert (cells["FQ"], cells["MIA"], cells["F-RougeL"], cells["R-Acc"]) == (
+        "0.75 [1.00]",
+        "0.4000 [0.2156]",
+        "0.3000 [0.0221]",
+        "– [72.25]",
     )
-    assert all(len(values) == len(PAPER_HEAD) for values in PAPER_TABLE_2.values())
+    own = own_table_2(table, "tiny")
+    assert dict(zip(own.head, own.rows[2], strict=True))["TOFU FQ, log10 p"] == "−7.5"
     cost = our_table_6(table, "tiny")
     assert (cost.rows[1][2], cost.rows[1][6], cost.rows[2][7]) == ("1.00", "1.00", "89,362 MiB")
     assert [row[0] for row in cost.rows] == ["FO-GradDiff", "SO-GradDiff", "SO-NPO"]
 
 
+def test_the_papers_tables_belong_to_its_cells_only() -> None:
+    assert not compose_grid(tabulate(two_searches(), floor=0.5), two_searches(), samples=(), command=None).paper
+    assert len(compose_grid(tabulate(paper_outcomes(), floor=0.5), paper_outcomes(), samples=(), command=None).paper) == 3
+
+
 def test_the_whole_report_from_run_directories(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cell, other = Cell("tiny", "npo", "adamw"), Cell("tiny", "npo", "soul_release")
-    choices = [Choice({}, {"learning_rate": rate}) for rate in (1e-4, 2e-4)]
+    choices = [Choice({}, {"learning_rate": rate}, "published") for rate in (1e-4, 2e-4)]
     trials = [Trial(c, choice, seed) for seed in (0, 1) for c in (cell, other) for choice in choices]
     for number, trial in enumerate(trials[:-1]):
         write_trial(tmp_path, trial, offset=0.1 * number)
@@ -334,7 +358,12 @@ def test_the_whole_report_from_run_directories(tmp_path: Path, capsys: pytest.Ca
     for text in (page, markdown):
         assert trials[-1].id in text.replace("\\", "") and "pipelines/grid.py --x 1" in text and "Table 2" in text
     assert "the &lt;forget&gt; loss" in page and "<forget>" not in page and "<svg" in page and "http" not in page.replace("http-equiv", "")
-    assert (tmp_path / "grid.tex").read_text().count(r"\begin{table}") >= 3
+    assert (tmp_path / "grid.tex").read_text().count(r"\begin{table}") == 5
+    section = (tmp_path / "results.md").read_text()
+    assert section.startswith("## tofu/x") and "![" not in section and "\n# " not in section and str(tmp_path) not in section
+    assert [line for line in markdown.splitlines() if line.startswith("| ")] == [
+        line for line in section.splitlines() if line.startswith("| ")
+    ]
     assert len(list((tmp_path / "figures").glob("*.svg"))) >= 1
     show_grid(table)
     assert "FO-NPO (adamw)" in capsys.readouterr().out
@@ -364,13 +393,10 @@ def test_several_models_have_tables_and_figures_of_their_own() -> None:
     assert table.models == ["tiny", "tiny-s"]
     assert [row[0] for row in report.main.rows if row[0].startswith("target")] == ["target, tiny", "target, tiny-s"]
     names = [figure.name for figure in report.figures]
-    assert len(names) == len(set(names)) and {"front-npo-0", "front-npo-1", "epochs-forget-0", "epochs-retain-1"} <= set(names)
-    assert [grid.caption.split(":")[0] for grid in report.paper] == [
-        "Table 2 with tiny",
-        "Table 2 with tiny-s",
-        "Table 2 as the paper prints it (Llama-2-7B-chat)",
-        "Table 6 with tiny",
-        "Table 6 with tiny-s",
-    ]
+    assert len(names) == len(set(names)) and {"front-npo-0", "front-npo-1", "epochs-forget-npo-0", "epochs-retain-grad_diff-1"} <= set(
+        names
+    )
+    kinds = ("Table 2 with", "Beside Table 2 with", "Table 6 with")
+    assert [grid.caption.split(":")[0] for grid in report.paper] == [f"{kind} {model}" for model in table.models for kind in kinds]
     assert all(found.cell.model == found.baseline.model for found in table.differences)
     assert any(line.startswith("tiny-s: Of the") for line in report.statements)

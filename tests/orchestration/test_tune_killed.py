@@ -43,7 +43,7 @@ def table_of(output: Path) -> list[tuple[str, ...]]:
     table = tabulate(read_outcomes(trials, output), floor=0.9)
     differences = differences_grid(table)
     assert differences is not None
-    return [row[:-1] for row in main_grid(table).rows] + list(differences.rows)
+    return [row[:-2] for row in main_grid(table).rows] + [row[:-1] for row in differences.rows]
 
 
 def run_to_the_end(data: Path, output: Path) -> float:
