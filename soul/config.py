@@ -18,6 +18,7 @@ from soul.models.tiny import TinyConfig
 from soul.objectives.methods import NPO, MethodConfig
 from soul.optim.configs import OPTIMIZERS, OptimizerConfig
 from soul.rundir import digest
+from soul.store import local
 from soul.train.config import TrainConfig
 from soul.train.curvature import hessian_splits
 from soul.train.engine import EngineConfig
@@ -325,7 +326,7 @@ def prepare_key(config: Config, fingerprint: str, kind: Literal["target", "retra
 
 def _weights_stamp(path: str) -> list[tuple[str, int, int]]:
     """Name, size and time of a local folder's weights, so that new weights under an old name are noticed. Empty for a hub id."""
-    files = [item for item in sorted(Path(path).glob("*")) if item.suffix in (".safetensors", ".json")]
+    files = [item for item in sorted(Path(local(path)).glob("*")) if item.suffix in (".safetensors", ".json")]
     return [(item.name, item.stat().st_size, item.stat().st_mtime_ns) for item in files]
 
 

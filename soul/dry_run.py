@@ -15,6 +15,7 @@ from soul.data.columns import ColumnMap
 from soul.plan import ModelShape, Plan, plan_run, shape_of, tiny_shape
 from soul.records import InputError
 from soul.report.numbers import memory
+from soul.store import local
 
 # English text has about four characters a token; three leave a margin.
 CHARACTERS_PER_TOKEN = 3
@@ -105,9 +106,10 @@ def model_shape(config: Config) -> tuple[ModelShape | None, int | None, str]:
 
     from soul.models.load import check_model_folder
 
-    check_model_folder(model.path)
+    folder = local(model.path)
+    check_model_folder(folder)
     try:
-        found = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        found = AutoConfig.from_pretrained(folder, revision=model.revision, trust_remote_code=model.trust_remote_code)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(found, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

@@ -10,6 +10,7 @@ from soul.config import Config
 from soul.plan import Plan
 from soul.records import InputError
 from soul.report.numbers import memory
+from soul.store import is_uri, path_of
 
 
 def check_workers(num_workers: int, *, num_cpus: float, num_gpus: float, where: str = "this machine") -> None:
@@ -32,9 +33,9 @@ def check_output(output: str) -> None:
     Raises:
         InputError: the folder cannot be made or written to.
     """
-    if "://" in output:
+    if is_uri(output):
         return
-    folder = Path(output).expanduser()
+    folder = path_of(output)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output {output} is a file. Expected a folder, or a name that is free.")
     nearest = _nearest_existing(folder)
@@ -46,9 +47,9 @@ def check_disk(output: str, needed_bytes: int) -> None:
     """Raises:
     InputError: the disk of the folder has less room than `needed_bytes`.
     """
-    if "://" in output:
+    if is_uri(output):
         return
-    free = shutil.disk_usage(_nearest_existing(Path(output).expanduser())).free
+    free = shutil.disk_usage(_nearest_existing(path_of(output))).free
     if free < needed_bytes:
         raise InputError(
             f"--output {output} needs about {memory(needed_bytes)} for checkpoints and model, the disk has {memory(free)} free. "

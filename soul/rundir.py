@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from soul.records import InputError
+from soul.store import path_of, place_of, push
 
 PACKAGES = ("torch", "ray", "transformers", "tokenizers", "datasets", "pyarrow", "numpy", "scipy")
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text`; a crash at any moment leaves the old file or the new one."""
+    """Replace `path` by `text`; a crash at any moment leaves the old file or the new one. If it is a store's copy, the store gets it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, staging = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
@@ -37,6 +38,7 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         Path(staging).unlink(missing_ok=True)
         raise
+    push(path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -51,9 +53,19 @@ def digest(value: Any, *, length: int = 16) -> str:
 
 @dataclass(frozen=True)
 class RunDir:
-    """Paths of one run. Only a local folder is handled here."""
+    """Paths of one run; for one on a store, of this node's copy of it."""
 
     path: Path
+
+    @classmethod
+    def at(cls, place: str) -> RunDir:
+        """Of a folder or URI."""
+        return cls(path_of(place))
+
+    @property
+    def place(self) -> str:
+        """The folder or URI, for other processes and for people."""
+        return place_of(self.path)
 
     @property
     def config(self) -> Path:

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from soul.data.pairing import PairedPlan
 from soul.data.store import TokenStore
+from soul.store import local
 
 STEPS_PER_BLOCK = 20
 _ROWS = pa.list_(
@@ -43,10 +44,10 @@ class StepSource:
     bucket_window: int
 
     def open(self) -> tuple[PairedPlan, dict[str, TokenStore]]:
-        """The plan, and the stores, the leading one with its reference log-probabilities if there are any."""
-        reference = None if self.reference is None else np.load(self.reference, allow_pickle=False)
+        """The plan, and the stores, the leading one with its reference log-probabilities if there are any; from a store, fetched first."""
+        reference = None if self.reference is None else np.load(local(self.reference), allow_pickle=False)
         stores = {
-            split: TokenStore.open(*map(Path, folders), reference_logps_R=reference if i == 0 else None)
+            split: TokenStore.open(*(Path(local(folder)) for folder in folders), reference_logps_R=reference if i == 0 else None)
             for i, (split, folders) in enumerate(self.stores.items())
         }
         lengths = {split: store.lengths_R for split, store in stores.items()}

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from soul.records import TokenRow
 
 SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("num_prompt", pa.int32())])
 ROWS_PER_BATCH = 1024
+STORE = "store.json"
 
 
 def write_part(path: Path, rows: Iterable[tuple[Sequence[int], int]]) -> int:
@@ -44,16 +46,16 @@ def finish_store(folder: Path, **facts: object) -> None:
     """Declare the parts in `folder` complete, with whatever `facts` the caller wants to check on reuse."""
     staging = folder / f".store.{os.getpid()}"
     staging.write_text(json.dumps(facts, sort_keys=True))
-    os.replace(staging, folder / "store.json")
+    os.replace(staging, folder / STORE)
 
 
 def is_store(folder: Path) -> bool:
-    return (folder / "store.json").is_file()
+    return (folder / STORE).is_file()
 
 
 def store_facts(folder: Path) -> dict[str, Any]:
     """What `finish_store` was told of a finished store."""
-    facts: dict[str, Any] = json.loads((folder / "store.json").read_text())
+    facts: dict[str, Any] = json.loads((folder / STORE).read_text())
     return facts
 
 
@@ -83,7 +85,7 @@ class TokenStore:
         batches: list[pa.RecordBatch] = []
         for folder in folders:
             if not is_store(folder):
-                raise FileNotFoundError(f"{folder} is not a finished token store (no store.json)")
+                raise FileNotFoundError(f"{folder} is not a finished token store (no {STORE})")
             for part in sorted(folder.glob("part-*.arrow")):
                 reader = pa.ipc.open_file(pa.memory_map(str(part)))
                 batches += [reader.get_batch(i) for i in range(reader.num_record_batches)]
@@ -102,6 +104,13 @@ class TokenStore:
         if rows and rows[0].reference_logp is not None:
             reference = np.array([row.reference_logp for row in rows], dtype=np.float64)
         return cls._of(table, reference)
+
+    @cached_property
+    def num_supervised_R(self) -> NDArray[np.int64]:
+        """Answer tokens of every row, its end included."""
+        num_prompt = [batch.column(1).to_numpy() for batch in self.batches]
+        num_supervised_R: NDArray[np.int64] = self.lengths_R - np.concatenate([*num_prompt, np.empty(0, dtype=np.int64)])
+        return num_supervised_R
 
     @classmethod
     def _of(cls, batches: Sequence[pa.RecordBatch], reference_logps_R: NDArray[np.float64] | None) -> TokenStore:

@@ -15,6 +15,7 @@ from soul.orchestration.progress import Display
 from soul.orchestration.reference import reference_logps
 from soul.orchestration.train import fit
 from soul.rundir import RunDir, digest
+from soul.store import place_of, pull
 from soul.train.engine import PLACEMENT
 from soul.train.job import JobResult, TrainJob
 
@@ -25,15 +26,15 @@ def unlearn(
     config: Config, target: Prepared, stores: Mapping[str, Path], display: Display, *, fit: Callable[..., JobResult] = fit
 ) -> JobResult:
     """Train one arm to its end, or return what a finished one measured. `fit` runs the job: as a Ray Train run, unless told otherwise."""
-    run = RunDir(Path(config.output).resolve())
+    run = RunDir.at(config.output)
     splits = trained_splits(config)
     settings = config.model_dump(mode="json", include={"method", "optimizer", "train"})
     computed = config.engine.model_dump(mode="json", exclude=set(PLACEMENT))  # a run can be resumed on other workers
     key = digest([settings, computed, target.key, [stores[split].name for split in splits]])
     done: dict[str, Any] | None = run.finished("train", key)
     title = f"{TITLES[config.method.name]} with {config.optimizer.name}"
-    if done is not None:
-        display.say(f"{title}: done before ({run.path})")
+    if done is not None and pull(run.model):
+        display.say(f"{title}: done before ({run.place})")
         return JobResult(**done)
     reference = None
     if needs_reference(config.method):
@@ -46,20 +47,21 @@ def unlearn(
             model_key=target.key,
         )
     job = TrainJob(
-        model=target.path,
-        export=str(run.model),
-        run_dir=str(run.path),
+        model=place_of(target.path),
+        export=place_of(run.model),
+        run_dir=run.place,
         method=config.method,
         optimizer=config.optimizer,
         train=config.train,
         engine=config.engine,
-        stores={split: (str(stores[split]),) for split in splits},
-        reference=None if reference is None else str(reference),
-        probes={"forget": str(stores["forget"]), "retain": str(stores["retain"])},
+        stores={split: (place_of(stores[split]),) for split in splits},
+        reference=None if reference is None else place_of(reference),
+        probes={name: place_of(stores[name]) for name in ("forget", "retain")},
         revision=config.model.revision,
         trust_remote_code=config.model.trust_remote_code,
         export_dtype=DTYPES[config.model.export_dtype],
     )
     result = fit(job, name=key, on_progress=lambda step, total: display.update(f"unlearn: {title}", step, total))
     run.finish("train", key, dataclasses.asdict(result))
+    pull(run.model)
     return result

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from soul.config import Config
 from soul.preflight import check_output
 from soul.records import InputError
 from soul.rundir import RunDir, digest, write_atomically
+from soul.store import attach, check_writable, holds, is_uri
 from soul.train.engine import PLACEMENT
 
 # Where a run lies and how it is watched does not make it another run.
@@ -18,26 +18,29 @@ _STAGE = "outcome"
 
 
 def run_dir(config: Config) -> RunDir:
-    return RunDir(Path(config.output).resolve())
+    return RunDir.at(config.output)
 
 
 def check_local(output: str) -> None:
-    """Raises:
-    InputError: `output` is a URI, which would become a folder of that name here.
+    """For what needs one disk that all processes see.
+
+    Raises:
+        InputError: `output` is on a store.
     """
-    if "://" in output:
-        raise InputError(f"--output {output} is a URI, expected a local folder. Mount the storage, or copy the run there when it is done.")
+    if is_uri(output):
+        raise InputError(f"--output {output} is a URI, expected a local folder. Mount the storage, or copy the results there in the end.")
 
 
 def check_claim(config: Config) -> None:
-    """Changes nothing.
+    """Changes nothing that lasts. A run on a store is looked at in this machine's copy, which is no other process's from here on.
 
     Raises:
         InputError: the run directory is another run's, cannot be written, or holds no run to --resume.
     """
-    check_local(config.output)
     check_output(config.output)
+    check_writable(config.output)
     folder = run_dir(config)
+    attach(folder.path, keep=True)
     if not folder.config.is_file():
         if config.resume:
             raise InputError(f"--resume: {config.output} holds no run to continue. Remove --resume, or correct --output.")
@@ -66,7 +69,7 @@ def claim(config: Config) -> None:
 def is_done(config: Config, inputs: Any) -> bool:
     """Whether the run has finished with these settings and `inputs` (what names its data and models)."""
     folder = run_dir(config)
-    return folder.finished(_STAGE, _key(config, inputs)) is not None and folder.results.is_file() and folder.model.is_dir()
+    return folder.finished(_STAGE, _key(config, inputs)) is not None and folder.results.is_file() and holds(folder.model)
 
 
 def mark_done(config: Config, inputs: Any) -> None:

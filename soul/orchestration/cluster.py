@@ -17,6 +17,7 @@ import ray._private.state
 import ray.data
 from ray.exceptions import ActorHandleNotFoundError, AuthenticationError, RayTaskError
 
+from soul.object_store import environment
 from soul.orchestration import ENVIRONMENT
 from soul.orchestration.parallel import waiting_threads
 from soul.preflight import check_workers
@@ -116,16 +117,23 @@ def _start_local(num_workers: int, verbose: bool) -> None:
 
 
 def worker_environment() -> dict[str, str]:
-    """What workers must see: where the package is, and one thread per worker (two on one core wait for each other)."""
+    """What workers must see: where the package is, one thread per worker (two on one core wait for each other), and the object store."""
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
     threads = os.environ.get("OMP_NUM_THREADS", "1")
-    return {"PYTHONPATH": path, "OMP_NUM_THREADS": threads, **{name: os.environ[name] for name in ENVIRONMENT}}
+    return {"PYTHONPATH": path, "OMP_NUM_THREADS": threads, **{name: os.environ[name] for name in ENVIRONMENT}, **environment()}
 
 
 def _join(address: str, verbose: bool) -> None:
+    # a submitted job's workers have its environment already, and Ray refuses to be told twice
+    told = {} if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else environment()
     try:
-        ray.init(address=address, log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR)
+        ray.init(
+            address=address,
+            runtime_env={"env_vars": told} if told else None,
+            log_to_driver=verbose,
+            logging_level=logging.INFO if verbose else logging.ERROR,
+        )
     except (ConnectionError, AuthenticationError, ValueError) as error:
         raise InputError(
             f"the Ray cluster at {address} cannot be joined ({type(error).__name__}). Check the address, that its Ray and Python versions "

@@ -12,6 +12,7 @@ from soul.data.refusals import refusal_records
 from soul.data.sources import RETAIN_EVAL_ROWS, Benchmark, fingerprint, load_own, open_benchmark
 from soul.objectives.methods import METHODS, streamed_splits
 from soul.orchestration.tokens import FileSplit, Rows, row_hash
+from soul.store import path_of
 
 
 @dataclass(frozen=True)
@@ -84,4 +85,4 @@ def trained_splits(config: Config) -> tuple[str, ...]:
 
 
 def cache_of(config: Config) -> Path:
-    return Path(config.cache_folder).resolve()
+    return path_of(config.cache_folder)

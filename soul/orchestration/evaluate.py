@@ -27,6 +27,7 @@ from soul.models.load import load_model, load_tokenizer
 from soul.orchestration.data import Sources
 from soul.orchestration.progress import Display
 from soul.rundir import digest, write_atomically, write_json
+from soul.store import local, place_of, pull_file
 
 _LOG = TypeAdapter(EvalLog)
 NUM_SAMPLES = 10
@@ -48,7 +49,7 @@ class Examiner:
         torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
         self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         dtype = torch.bfloat16 if precision == "bf16" and self.device.type == "cuda" else torch.float32
-        self.model = load_model(model, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code).eval().to(self.device)
+        self.model = load_model(local(model), dtype=dtype, revision=revision, trust_remote_code=trust_remote_code).eval().to(self.device)
 
     def run(self, item: WorkItem) -> ItemResult:
         return run_item(self.model, item, device=self.device)
@@ -96,7 +97,7 @@ class Judge:
         gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
         actor: Any = Examiner.options(num_cpus=1, num_gpus=gpus)  # type: ignore[attr-defined]
         count = min(self.num_tasks, len(items))
-        examiners = [actor.remote(model, given.revision, given.trust_remote_code, precision) for _ in range(count)]
+        examiners = [actor.remote(place_of(model), given.revision, given.trust_remote_code, precision) for _ in range(count)]
         try:
             waiting = [examiners[i % count].run.remote(item) for i, item in enumerate(items)]
             results: list[ItemResult] = []
@@ -115,7 +116,7 @@ class Judge:
         rows = {split: fingerprint(records) for split, records in self.sources.evaluated.items()}
         form = [self.config.data.chat, self.config.data.max_length]
         kept = folder / f"{digest([key, rows, self.config.evaluate.model_dump(), form], length=20)}.json"
-        if kept.is_file() and (samples is None or samples.is_file()):
+        if pull_file(kept) and (samples is None or samples.is_file()):
             self.display.say(f"evaluation of {name}: made before")
             return Judged(_LOG.validate_json(kept.read_bytes()), 0.0)
         started = time.perf_counter()

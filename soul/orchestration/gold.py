@@ -10,6 +10,7 @@ from soul.models.load import check_model_folder
 from soul.orchestration.prepare import Prepared, given_model
 from soul.records import InputError
 from soul.rundir import RunDir
+from soul.store import checkout, is_uri, local
 
 RUN_LOG = "retrained"
 
@@ -25,7 +26,7 @@ def given_standard(name: str) -> Prepared | EvalLog:
     Raises:
         InputError: there is nothing of that name, or it is neither.
     """
-    path = Path(name).expanduser()
+    path = checkout(name)
     if path.is_file():
         return read_log(path)
     if not path.exists():
@@ -44,5 +45,6 @@ def given_standard(name: str) -> Prepared | EvalLog:
         )
     if run.logs.is_dir():  # what `soul evaluate` left of the one model it looked at
         return read_log(run.logs)
-    check_model_folder(str(path))
-    return given_model(str(path))
+    folder = local(name) if is_uri(name) else str(path)
+    check_model_folder(folder)
+    return given_model(folder)

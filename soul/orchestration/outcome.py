@@ -18,6 +18,7 @@ from soul.orchestration.gold import gold_folder
 from soul.report.results import Cost, EpochRow, ModelResults, Results, save_results
 from soul.report.seal import make_seal
 from soul.rundir import RunDir, versions, write_json
+from soul.store import push
 from soul.train.job import JobResult
 
 SHARED_PROCESS = "the run shared its process with others, whose memory counts too; runs of their own measure it (--isolated)"
@@ -40,7 +41,7 @@ def write_outcome(
     `command` is what repeats the run (None: this process's own). `standards` says where target and retrained model lie, folders or hub
     ids: a folder is sealed with the report, so that it can be served beside the unlearned model.
     """
-    run = RunDir(Path(config.output).resolve())
+    run = RunDir.at(config.output)
     write_logs(unlearned.log, run.logs)
     if retrained is not None:
         write_logs(retrained, gold_folder(run))
@@ -95,6 +96,8 @@ def write_logs(log: EvalLog, folder: Path) -> None:
     """A model's row values in TOFU's and in OpenUnlearning's format, for other tools and as somebody's gold standard."""
     write_tofu_log(log, folder / AGGREGATED)
     write_open_unlearning_log(log, folder / FILE)
+    for name in (AGGREGATED, FILE):
+        push(folder / name)
 
 
 def _entry(log: EvalLog, retrained: EvalLog | None, config: Config) -> ModelResults:

@@ -21,7 +21,7 @@ from soul.models.load import load_tokenizer
 from soul.objectives.methods import TITLES
 from soul.orchestration.arm import unlearn
 from soul.orchestration.checks import check_local_workers, check_model, check_run
-from soul.orchestration.claim import check_claim, check_local, claim, is_done, mark_done, run_dir
+from soul.orchestration.claim import check_claim, claim, is_done, mark_done, run_dir
 from soul.orchestration.cluster import cluster
 from soul.orchestration.data import Sources, cache_of, open_sources, trained_splits
 from soul.orchestration.evaluate import Judge, Judged, plan_for
@@ -38,29 +38,31 @@ from soul.report.results import Results, load_results
 from soul.report.table import terminal_table
 from soul.report.tracking import track_all
 from soul.rundir import RunDir, versions, write_json
+from soul.store import attach, check_writable, local, place_of
 
 
 def run(config: Config) -> Path:
-    """Do everything that is not done yet; returns the run directory.
+    """Do everything that is not done yet; returns the run directory, for one on a store this machine's copy of it.
 
     Raises:
         InputError: bad input, nearly all of it found before Ray starts.
     """
     twin = config.twin_run()
     arms = [config] if twin is None else [config, twin]
-    folders = [run_dir(arm).path for arm in arms]
+    folders = [run_dir(arm) for arm in arms]
     check_local_workers(config.address, config.engine.num_workers)
     for arm in arms:
         check_claim(arm)
     if config.model.path is not None:
-        check_model(config.model.path, config.model)
+        check_model(local(config.model.path), config.model)
     given = None if config.model.retrained is None else given_standard(config.model.retrained)
     sources = open_sources(config.data, benchmark=config.benchmark, seed=config.train.seed)
     display = Display(enabled=config.progress)
     start = starting_model(config, sources.benchmark, cache_of(config))
-    inputs = [sources.fingerprints(), sources.benchmark.fingerprints(), given_model(start).key, repr(given)]
+    standard = given.key if isinstance(given, Prepared) else repr(given)
+    inputs = [sources.fingerprints(), sources.benchmark.fingerprints(), given_model(start).key, standard]
     if all(is_done(arm, inputs) for arm in arms):
-        display.say(f"done before: {', '.join(map(str, folders))}")
+        display.say(f"done before: {', '.join(folder.place for folder in folders)}")
     else:
         check_run(config, sources, start)
         for arm in arms:
@@ -68,8 +70,8 @@ def run(config: Config) -> Path:
         _work(config, arms, sources, start, given, display)
         for arm in arms:
             mark_done(arm, inputs)
-    show([load_results(folder) for folder in folders])
-    return folders[0]
+    show([load_results(folder.path) for folder in folders])
+    return folders[0].path
 
 
 def _work(config: Config, arms: Sequence[Config], sources: Sources, start: str, given: Prepared | EvalLog | None, display: Display) -> None:
@@ -119,31 +121,33 @@ def _judge_arms(judge: Judge, arms: Sequence[Config]) -> list[Callable[[], Judge
 
 
 def resume(folder: Path) -> Path:
-    """Continue the run in `folder` with the configuration it was started with."""
+    """Continue the run in `folder` (a store's copy, for a run there) with the configuration it was started with."""
     path = RunDir(folder).config
     if not path.is_file():
         raise InputError(f"{folder} holds no run (no config.json). Pass a run directory.")
     config = Config.model_validate_json(path.read_text())
-    return run(config.model_copy(update={"output": str(folder)}))  # it may have been moved, or named from elsewhere
+    return run(config.model_copy(update={"output": place_of(folder)}))  # it may have been moved, or named from elsewhere
 
 
 def evaluate_folder(config: EvaluateConfig) -> Path:
     """Measure one model as it is: logs/ (TOFU's and OpenUnlearning's format) and evaluation.json in the output folder."""
     assert config.model.path is not None  # the config has checked it
     check_local_workers(config.address, config.num_workers)
-    check_local(config.output)
     check_output(config.output)
-    check_model(config.model.path, config.model)
+    check_writable(config.output)
+    model = local(config.model.path)
+    check_model(model, config.model)
     given = None if config.model.retrained is None else given_standard(config.model.retrained)
     sources = open_sources(config.data, benchmark=config.benchmark, seed=0)
-    tokenizer = load_tokenizer(config.model.path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code)
-    plan_for(config, sources, config.model.path, tokenizer)
-    run = RunDir(Path(config.output).resolve())
+    tokenizer = load_tokenizer(model, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code)
+    plan_for(config, sources, model, tokenizer)
+    run = RunDir.at(config.output)
+    attach(run.path, keep=True)
     run.create()
     display = Display(enabled=config.progress)
     with cluster(config.address, num_workers=config.num_workers, verbose=config.verbose), display.live():
         judge = Judge(config, sources, display, num_tasks=config.num_workers)
-        judged = judge.evaluate("the model", config.model.path)
+        judged = judge.evaluate("the model", model)
         if config.samples:
             judge.write_samples(judged, run.path / "samples.jsonl")
         retrained = judge.evaluate("the retrained model", given.path).log if isinstance(given, Prepared) else given

@@ -20,6 +20,7 @@ from soul.objectives.methods import Finetune
 from soul.orchestration.progress import Display
 from soul.orchestration.train import fit
 from soul.rundir import RunDir, digest
+from soul.store import attach, local, place_of, publish, pull
 from soul.train.engine import EngineConfig
 from soul.train.job import TrainJob
 
@@ -38,7 +39,7 @@ class Prepared:
 def given_model(path: str) -> Prepared:
     """A model that was made elsewhere; new weights under an old name are another model. A hub id names its weights."""
     folder = Path(path)
-    return Prepared(path, f"{folder.resolve()} {weights_stamp(folder)}" if folder.is_dir() else path)
+    return Prepared(path, f"{place_of(folder.resolve())} {weights_stamp(folder)}" if folder.is_dir() else path)
 
 
 def weights_stamp(folder: Path) -> str:
@@ -50,16 +51,18 @@ def weights_stamp(folder: Path) -> str:
 def starting_model(config: Config, benchmark: Benchmark, cache: Path) -> str:
     """What training starts from: the given model, or a tiny Llama with random weights and a tokenizer made of the benchmark's words."""
     if config.model.path is not None:
-        check_model_folder(config.model.path)
-        return config.model.path
+        given = local(config.model.path)
+        check_model_folder(given)
+        return given
     used = [split for split in ("forget", "retain", *WORLD_SETS) if split in benchmark.splits]
     prints = benchmark.fingerprints()
     folder = cache / "init" / digest([[prints[split] for split in used], config.model.tiny.model_dump(), config.prepare.seed], length=20)
-    if not (folder / "config.json").is_file():
+    if not (pull(folder) and (folder / "config.json").is_file()):
         records = [record for split in used for record in benchmark.splits[split]]
         texts = [text for record in records for text in (f"Question: {record.prompt}\nAnswer:", f" {record.response}")]
         tokenizer = tiny_tokenizer(texts, config.model.tiny.vocab_size)
         save_model(folder, tiny_model(config.model.tiny, tokenizer, seed=config.prepare.seed), tokenizer)
+        publish(folder)
     return str(folder)
 
 
@@ -77,22 +80,24 @@ def prepared_model(config: Config, kind: Kind, *, start: str, stores: Mapping[st
         splits.remove("forget")
     key = prepare_key(config, digest([stores[split].name for split in splits]), kind)
     run = RunDir(cache / "models" / key)
-    if run.finished("train", key) is not None:
-        display.say(f"{kind} model: made before ({run.path})")
+    attach(run.path)
+    if run.finished("train", key) is not None and pull(run.model):
+        display.say(f"{kind} model: made before ({run.place})")
         return Prepared(str(run.model), key)
     run.create()
     job = TrainJob(
-        model=start,
-        export=str(run.model),
-        run_dir=str(run.path),
+        model=place_of(start),
+        export=place_of(run.model),
+        run_dir=run.place,
         method=Finetune(),
         optimizer=config.prepare_optimizer(),
         train=config.prepare_train(sum(len(TokenStore.open(stores[split])) for split in splits)),
         engine=preparing_engine(config),
-        stores={"retain": tuple(str(stores[split]) for split in splits)},
+        stores={"retain": tuple(place_of(stores[split]) for split in splits)},
         revision=config.model.revision,
         trust_remote_code=config.model.trust_remote_code,
     )
     fit(job, name="train", on_progress=lambda step, total: display.update(f"train {kind} model", step, total))
     run.finish("train", key, {"splits": splits})
+    pull(run.model)
     return Prepared(str(run.model), key)

@@ -17,6 +17,7 @@ from soul.data.store import TokenStore
 from soul.models.load import load_model
 from soul.models.scoring import answer_logps
 from soul.rundir import digest
+from soul.store import local, place_of, pull_file, push
 
 ROWS_PER_BATCH = 16
 
@@ -31,8 +32,8 @@ class ScoreRows:
     trust_remote_code: bool
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        store = TokenStore.open(Path(self.store))
-        model, device = _target(self.model, self.revision, self.trust_remote_code)
+        store = TokenStore.open(Path(local(self.store)))
+        model, device = _target(local(self.model), self.revision, self.trust_remote_code)
         order = np.argsort(store.lengths_R, kind="stable")
         found: dict[str, list[Any]] = {"index": [], "logp": []}
         for number in batch["batch"].tolist():
@@ -53,14 +54,14 @@ def _target(path: str, revision: str | None, trust_remote_code: bool) -> tuple[t
 def reference_logps(model: str, store: Path, *, cache: Path, revision: str | None, trust_remote_code: bool, model_key: str) -> Path:
     """The .npy file (float64, one number per row of `store`), made unless the cache holds it for this model and these rows."""
     path = cache / "reference" / f"{digest([model_key, store.name], length=20)}.npy"
-    if path.is_file():
+    if pull_file(path):
         return path
     num_rows = len(TokenStore.open(store))
     num_batches = -(-num_rows // ROWS_PER_BATCH)
     gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
     batches = ray.data.from_items([{"batch": i} for i in range(num_batches)], override_num_blocks=min(num_batches, 4))
     scored = batches.map_batches(
-        ScoreRows(model, str(store), revision, trust_remote_code), batch_size=None, num_cpus=1, num_gpus=gpus
+        ScoreRows(place_of(model), place_of(store), revision, trust_remote_code), batch_size=None, num_cpus=1, num_gpus=gpus
     ).take_all()
     logps_R = np.full(num_rows, np.nan)
     for row in scored:
@@ -71,4 +72,5 @@ def reference_logps(model: str, store: Path, *, cache: Path, revision: str | Non
     staging = path.with_suffix(f".tmp{id(logps_R)}.npy")
     np.save(staging, logps_R, allow_pickle=False)
     staging.replace(path)
+    push(path)
     return path

@@ -23,11 +23,12 @@ from soul.data.chat import ChatFormat
 from soul.data.columns import ColumnMap
 from soul.data.files import open_filesystem, read_rows, shown
 from soul.data.sources import fingerprint
-from soul.data.store import finish_store, is_store, store_facts, write_part
+from soul.data.store import STORE, finish_store, is_store, store_facts, write_part
 from soul.data.tokenize import Truncate, tokenize_record
 from soul.models.load import load_tokenizer
 from soul.records import InputError, Record
 from soul.rundir import digest
+from soul.store import local, path_of, place_of, pull, push, seal
 
 RECORDS_PER_PART = 2000
 
@@ -90,17 +91,20 @@ def tokenise(rows: Rows, split: str, settings: TokenSettings, *, cache: Path) ->
     identity, checked = (rows.fingerprint(), rows.checked_against()) if isinstance(rows, FileSplit) else (fingerprint(rows), None)
     stamp = _tokenizer_stamp(settings)
     folder = cache / "tokens" / digest([identity, stamp, settings.chat, settings.max_length, settings.truncate], length=20)
-    if is_store(folder) and store_facts(folder).get("checked_against") == checked:
+    if pull(folder) and is_store(folder) and store_facts(folder).get("checked_against") == checked:
         return folder
     fragments = _fragments(rows)
     parts = ray.data.from_items([{"part": i} for i in range(len(fragments))], override_num_blocks=len(fragments))
-    written = parts.map_batches(WriteParts(fragments, split, settings, str(folder)), batch_size=1, num_cpus=1).take_all()
+    write = WriteParts(fragments, split, replace(settings, model=place_of(settings.model)), place_of(folder))
+    written = parts.map_batches(write, batch_size=1, num_cpus=1).take_all()
     errors = [row["error"] for row in sorted(written, key=lambda row: row["part"]) if row["error"]]
     if errors:
         raise InputError(errors[0])
     if sum(row["rows"] for row in written) == 0:
         raise InputError(f"the {split} split has no rows, expected at least one.")
     finish_store(folder, rows=sum(row["rows"] for row in written), split=split, checked_against=checked)
+    push(folder / STORE)
+    seal(folder)
     return folder
 
 
@@ -139,8 +143,10 @@ class WriteParts:
         done: dict[str, list[Any]] = {"part": [], "rows": [], "error": []}
         for part in batch["part"].tolist():
             count, error = 0, ""
+            file = path_of(self.folder) / f"part-{part:05d}.arrow"
             try:
-                count = write_part(Path(self.folder) / f"part-{part:05d}.arrow", self._rows(self.fragments[part]))
+                count = write_part(file, self._rows(self.fragments[part]))
+                push(file)
             except InputError as problem:
                 error = str(problem)
             for name, value in (("part", part), ("rows", count), ("error", error)):
@@ -148,7 +154,7 @@ class WriteParts:
         return done
 
     def _rows(self, fragment: Fragment) -> Iterator[tuple[list[int], int]]:
-        tokenizer = _tokenizer(self.settings.model, self.settings.revision, self.settings.trust_remote_code)
+        tokenizer = _tokenizer(local(self.settings.model), self.settings.revision, self.settings.trust_remote_code)
         chat = ChatFormat(self.settings.chat)
         records = _stream(fragment, self.split) if isinstance(fragment, FileSplit) else ray.get(fragment)
         for record in records:

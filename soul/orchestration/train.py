@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig
 
+from soul.orchestration.board import Board
 from soul.orchestration.parallel import run_beside
 from soul.orchestration.stream import ray_steps
 from soul.records import InputError
+from soul.store import is_uri, local, path_of, publish, pull_file, push, ray_storage
 from soul.train.engine import Engine, EngineConfig
 from soul.train.engines import make_engine
 from soul.train.job import JobResult, TrainJob, run_job
@@ -33,14 +36,31 @@ RunConfig: Any = ray.train.RunConfig
 ScalingConfig: Any = ray.train.ScalingConfig
 
 OnProgress = Callable[[int, int], None]
+METRICS = "metrics.jsonl"
 
 
 class TrainingStopped(ArithmeticError):
     """Training ended without a result, for a reason that trying again would not mend. The message is for the user."""
 
 
-def _save(engine: Engine, progress: Progress) -> None:
-    """Every rank writes its part into a folder of its own; Ray Train merges them and forgets the oldest."""
+def on_this_node(job: TrainJob) -> TrainJob:
+    """The job with this node's own paths in it, its model and probes fetched. The step rows are fetched when they are opened."""
+    return dataclasses.replace(
+        job,
+        model=local(job.model),
+        export=str(path_of(job.export)),
+        run_dir=str(path_of(job.run_dir)),
+        probes={name: local(place) for name, place in job.probes.items()},
+    )
+
+
+def _save(engine: Engine, progress: Progress, metrics: Path) -> None:
+    """Every rank writes its part into a folder of its own; Ray Train merges them and forgets the oldest.
+
+    metrics.jsonl goes to a store first, so that there is no checkpoint without the lines of its steps.
+    """
+    if engine.rank == 0:
+        push(metrics)
     folder = Path(tempfile.mkdtemp(prefix="soul-checkpoint-"))
     try:
         engine.save(folder, progress.to_json())
@@ -59,15 +79,24 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     torch.set_num_threads(config["threads"])
     engine = make_engine(job.engine, rank=context.get_world_rank(), world=context.get_world_size(), local_rank=context.get_local_rank())
+    here, board = on_this_node(job), Board(job.run_dir)
+    metrics = Path(here.run_dir) / METRICS
 
     def run(resume_from: Path | None) -> JobResult:
-        return run_job(
-            job,
+        if engine.rank == 0:
+            pull_file(metrics)
+        result = run_job(
+            here,
             engine,
             resume_from=resume_from,
-            save_checkpoint=_save,
+            save_checkpoint=lambda engine, progress: _save(engine, progress, metrics),
             make_steps=lambda feed, start, stop: ray_steps(job, feed, start, stop),
+            on_step=lambda row, total: board.write(row["step"], total) if engine.rank == 0 else None,
         )
+        if engine.rank == 0:
+            push(metrics)
+            publish(Path(here.export))
+        return result
 
     try:
         checkpoint = ray.train.get_checkpoint()
@@ -76,6 +105,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         with checkpoint.as_directory() as folder:
             return dataclasses.asdict(run(Path(folder)))
     except (NonFiniteLoss, NonFiniteGradient) as error:
+        if engine.rank == 0:
+            push(metrics)
         return {"error": str(error)}
 
 
@@ -101,17 +132,20 @@ def fit(job: TrainJob, *, name: str, on_progress: OnProgress | None = None) -> J
         ),
         run_config=RunConfig(
             name=name,
-            storage_path=str(Path(job.run_dir).resolve() / "checkpoints"),
+            **ray_storage(f"{job.run_dir}/checkpoints"),
             failure_config=FailureConfig(max_failures=engine.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=job.train.keep_checkpoints),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
-    with _watch(Path(job.run_dir) / "metrics.jsonl", on_progress):
+    metrics, board = path_of(job.run_dir) / METRICS, Board(job.run_dir)
+    board.clear()
+    with _watch(board.read if is_uri(job.run_dir) else partial(last_step, metrics), on_progress):
         try:
             result = run_beside(trainer.fit)
         except WorkerGroupError as error:
             raise _explained(error) or error from None
+    pull_file(metrics)
     value = result.return_value
     if "error" in value:
         raise TrainingStopped(value["error"])
@@ -136,8 +170,8 @@ def _explained(error: WorkerGroupError) -> InputError | TrainingStopped | None:
 
 
 @contextmanager
-def _watch(metrics: Path, on_progress: OnProgress | None) -> Iterator[None]:
-    """Report the last step of a growing metrics.jsonl twice a second: free for the workers, unlike a report to Ray."""
+def _watch(last: Callable[[], tuple[int, int]], on_progress: OnProgress | None) -> Iterator[None]:
+    """Report the last (step, total) twice a second: free for the workers, unlike a report to Ray."""
     if on_progress is None:
         yield
         return
@@ -145,7 +179,7 @@ def _watch(metrics: Path, on_progress: OnProgress | None) -> Iterator[None]:
 
     def poll() -> None:
         while not done.wait(0.5):
-            step, total = last_step(metrics)
+            step, total = last()
             if total:
                 on_progress(step, total)
 
@@ -156,9 +190,9 @@ def _watch(metrics: Path, on_progress: OnProgress | None) -> Iterator[None]:
     finally:
         done.set()
         thread.join(timeout=5)
-        step, total = last_step(metrics)
-        if total:
-            on_progress(step, total)
+    step, total = last()
+    if total:
+        on_progress(step, total)
 
 
 def last_step(metrics: Path) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from soul.benchmarks.outcomes import CRASHED, MARK_KEY, STOPPED, reference_folde
 from soul.config import Config
 from soul.grid_config import GridConfig
 from soul.orchestration.checks import check_local_workers, check_model, check_run
-from soul.orchestration.claim import check_claim, claim, is_done, run_dir
+from soul.orchestration.claim import check_claim, check_local, claim, is_done, run_dir
 from soul.orchestration.cluster import cluster
 from soul.orchestration.data import cache_of, open_sources
 from soul.orchestration.halving import GroupedHalving
@@ -79,6 +79,7 @@ def run_grid(config: GridConfig) -> list[Planned]:
     Raises:
         InputError: bad input, nearly all of it found before Ray starts.
     """
+    check_local(config.output)
     planned = plan(config)
     check_local_workers(config.address, config.engine.num_workers)
     firsts = {item.config.model.model_dump_json(): item.config for item in reversed(planned)}

@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
     ("records",),
     ("batch",),
+    ("object_store",),
+    ("store",),
     ("rundir",),
     ("data", "objectives", "optim", "models"),
     ("train", "evaluate"),
