@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -42,7 +43,9 @@ def main() -> None:
     flags = [*parsed.flags.split(), "--no-progress"]
     run("grid.py", *flags, "--output", str(folder / "first"))  # fills the cache: both sides start from its models
     shutil.copytree(folder / "first" / "cache", folder / "cache")
+    loads = [os.getloadavg()[0]]
     together = run("grid.py", *flags, "--output", str(folder / "grid"), "--cache", str(folder / "cache"))
+    loads.append(os.getloadavg()[0])
     trials = sorted((folder / "grid" / "trials").iterdir())
     alone = 0.0
     for trial in trials:
@@ -50,9 +53,11 @@ def main() -> None:
         alone += run("tofu.py", "--config", str(trial / "config.json"), "--output", str(output), "--cache", str(folder / "cache"))
         if metrics(output) != metrics(trial):
             raise SystemExit(f"{trial.name}: the two ways do not give the same numbers")
-    print(f"{len(trials)} cells, the same numbers both ways")
+    loads.append(os.getloadavg()[0])
+    print(f"{len(trials)} cells, the same numbers both ways; {os.cpu_count()} cores")
     print(f"grid     {together:7.1f} s")
     print(f"by hand  {alone:7.1f} s   {alone / together:.2f} times the grid's")
+    print(f"load before the grid, between the two and after: {', '.join(f'{load:.1f}' for load in loads)} (ours included; idle is 0)")
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def _curves(rows: Sequence[Row], split: str, place: str, name: str) -> Figure | 
         legend_above(canvas, axes.lines)
         svg = to_svg(canvas, name)
     title = f"{'Forget' if split == 'forget' else 'Retain'} rows per epoch{place}"
-    caption = f"{word} after each epoch, mean over the seeds of the selected choice. The paper's Figure 2 shows accuracy, without numbers."
+    caption = f"{word.capitalize()} after each epoch, mean over the seeds of the selected choice. The paper's Figure 2 shows accuracy, without numbers."
     return Figure(name, title, caption, f"{word}, {title.lower()}", tuple(told), svg)
 
 

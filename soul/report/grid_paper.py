@@ -65,7 +65,8 @@ NOTES: Final = (
     "ROUGE-L is the same metric; the released code trained and evaluated on a malformed chat template.",
     "The paper's model has 7 billion pretrained parameters. A tiny model trained from scratch shows how methods and optimizers differ "
     "here, not the paper's numbers. FO-GA, FO-NPO and SO-NPO were published without settings.",
-    "The paper's FO and SO runs differ in learning rate and retain weight as well as in optimizer; the preset repeats that.",
+    "The paper's FO and SO runs differ in learning rate and retain weight as well as in optimizer; the preset repeats that. Rates scaled: "
+    "the published settings with all learning rates multiplied (--learning-rate-scale), as another size of model needs.",
 )
 ORIGINS: Final = {"ours": " (our settings)", "scaled": " (rates scaled)"}
 
