@@ -135,7 +135,8 @@ def _curves(rows: Sequence[Row], split: str, place: str, name: str) -> Figure | 
         legend_above(canvas, axes.lines)
         svg = to_svg(canvas, name)
     title = f"{'Forget' if split == 'forget' else 'Retain'} rows per epoch{place}"
-    caption = f"{word.capitalize()} after each epoch, mean over the seeds of the selected choice. The paper's Figure 2 shows accuracy, without numbers."
+    curve = f"{word.capitalize()} after each epoch, mean over the seeds of the selected choice."
+    caption = f"{curve} The paper's Figure 2 shows accuracy, without numbers."
     return Figure(name, title, caption, f"{word}, {title.lower()}", tuple(told), svg)
 
 
