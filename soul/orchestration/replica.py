@@ -21,7 +21,7 @@ from soul.serving.engine import Engine, load_engine
 from soul.serving.errors import Refusal, Refused, refuse
 from soul.serving.front import busy
 from soul.serving.gate import Catalogue, Hashes, read_catalogue, stamp
-from soul.serving.settings import Hosting, Limits, ServeConfig, located
+from soul.serving.settings import Hosting, ServeConfig, located
 from soul.serving.work import Answer, ModelSpec, Piece, Scoring, Token, Usage, Work
 from soul.serving.worker import Worker
 from soul.settings import load_settings
@@ -30,24 +30,60 @@ LOG: Final = logging.getLogger(__name__)
 ATTEMPTS: Final = 3
 REFRESH_S: Final = 1.0
 READY_S: Final = 2.0
+WARM_S: Final = 900.0
 Result = TypeVar("Result")
 Handle: TypeAlias = "DeploymentHandle[Any]"
+
+
+class _ServeLog(logging.Handler):
+    """Hands our lines (request ids, routes, statuses; never content) to whatever Serve writes its own log of this replica with."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        for handler in logging.getLogger("ray.serve").handlers:
+            handler.handle(record)
+
+
+def _log_with_serve() -> None:
+    ours = logging.getLogger("soul")
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+    ours.handlers = [_ServeLog()]
 
 
 class Generator:
     """Loads models and answers for them. `warm`: what is loaded before the replica counts as ready."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, limits: dict[str, Any], max_models: int, warm: Sequence[ModelSpec]
+        self, config: dict[str, Any], warm: Sequence[ModelSpec]
     ) -> None:
+        _log_with_serve()
         torch.set_num_threads(1)
-        self._limits = Limits.model_validate(limits)
+        self._config = ServeConfig.model_validate(config)
+        self._limits = self._config.limits
+        self._max_models = self._config.replicas.max_models
         self._specs: dict[str, ModelSpec] = {}
         self._loaded: list[Engine] = []
-        self._find = serve.multiplexed(self._load_by_key(), max_num_models_per_replica=max_models)
+        self._find = serve.multiplexed(self._load_by_key(), max_num_models_per_replica=self._max_models)
         self._worker = Worker(self._engine, self._limits)
-        for spec in list(warm)[:max_models]:
-            await self.warm(spec)
+        await self._warm_all(warm)
+
+    async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
+        """From a Serve config file: load what is hosted. Serve waits for this before the replica counts as ready."""
+        if not user_config:
+            return
+        hosting = Hosting.model_validate(user_config)
+        try:
+            found = await asyncio.to_thread(read_catalogue, hosting, on_loopback=self._config.on_loopback, hashes=Hashes())
+        except InputError as error:  # the gateway, which has the same settings, decides what becomes of it
+            LOG.error("nothing is loaded beforehand: %s", error)
+            return
+        await self._warm_all(found.specs())
+
+    async def _warm_all(self, specs: Sequence[ModelSpec]) -> None:
+        for spec in list(specs)[: self._max_models]:
+            refusal = await self.warm(spec)
+            if refusal is not None:
+                LOG.error("a model was not loaded: %s", refusal.message)
 
     def _load_by_key(self) -> Callable[[str], Coroutine[Any, Any, Engine]]:
         async def load(key: str) -> Engine:
@@ -127,7 +163,21 @@ class Replicas:
         return found
 
     async def warm(self, spec: ModelSpec) -> None:
-        await self._call("warm", spec)
+        """Load a model on every replica. One that starts at this moment loads it when it is first asked.
+
+        Raises:
+            Refused: it cannot be loaded.
+        """
+        try:
+            told = await self._handle.broadcast("warm", spec).results_async(timeout_s=WARM_S, return_exceptions=True)
+        except (TimeoutError, DeploymentUnavailableError) as error:
+            LOG.warning("no replica could be told to load a model (%s)", type(error).__name__)
+            return
+        for one in told:
+            if isinstance(one, Refusal):
+                raise Refused(one)
+            if isinstance(one, Exception):
+                LOG.warning("a replica did not load a model (%s)", type(one).__name__)
 
     async def is_ready(self) -> bool:
         """Whether a replica answers, which it does once its models are loaded."""
@@ -191,6 +241,7 @@ class Gateway:
     """HTTP in, the gate, and out to the replicas. Runs, aliases and policy follow `config.watch` and the runs' own files."""
 
     async def __init__(self, config: dict[str, Any], generators: Handle) -> None:  # type: ignore[misc]  # Serve awaits it
+        _log_with_serve()
         self._config = ServeConfig.model_validate(config)
         self._hosting = self._config.hosting
         self._replicas = Replicas(generators)
@@ -207,6 +258,8 @@ class Gateway:
         """From a Serve config file: what is hosted changes in place, nothing restarts."""
         if user_config:
             self._hosting = Hosting.model_validate(user_config)
+            if not self._catalogue.models:  # at the start a mistake is an error; later it must not end what is served
+                await self._take_in()
         await self._refresh()
 
     async def _watch(self) -> None:
@@ -217,16 +270,18 @@ class Gateway:
     async def _refresh(self) -> None:
         """Take in what has changed; what cannot be read leaves everything as it was. New models are loaded before they are shown."""
         try:
-            found = await asyncio.to_thread(self._read)
+            await self._take_in()
         except InputError as error:
             LOG.error("what is hosted stays as it was: %s", error)
-            return
+
+    async def _take_in(self) -> None:
+        found = await asyncio.to_thread(self._read)
         if found is None:
             return
-        known = {model.spec for model in self._catalogue.hosted()}
-        for model in found.hosted():
-            if model.spec is not None and model.spec not in known:
-                await self._warm(model.spec)
+        known = set(self._catalogue.specs())
+        for spec in found.specs():
+            if spec not in known:
+                await self._warm(spec)
         self._catalogue = found
 
     async def _warm(self, spec: ModelSpec) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import threading
@@ -19,22 +20,35 @@ from soul.orchestration.replica import Gateway, Generator
 from soul.records import InputError
 from soul.rundir import write_atomically
 from soul.serving.gate import Catalogue, Hashes, check_folders, read_catalogue
+from soul.serving.keys import read_key_hashes
 from soul.serving.settings import ServeConfig
 
 APP: Final = "soul"
 LOG: Final = logging.getLogger(__name__)
 MAX_GATEWAY_REQUESTS: Final = 1000
+QUIET: Final = LoggingConfig(log_level="WARNING", enable_access_log=False)  # the gateway writes a line about each request itself
 
 
 def build_app(args: dict[str, Any]) -> serve.Application:
-    """What a Serve config file names as `import_path`; `args` is a `ServeConfig`."""
-    config = ServeConfig.model_validate(args)
+    """What a Serve config file names as `import_path`; `args` is a `ServeConfig`. API keys may be in SOUL_API_KEYS of the cluster's nodes.
+
+    What is hosted stands in `args` or, if it is to change without a restart, in the user_config of both deployments.
+    """
+    hashes = read_key_hashes(os.environ, None)
+    config = ServeConfig.model_validate({**args, "key_hashes": [*args.get("key_hashes", ()), *hashes]})
     return application(config, read_catalogue(config.hosting, on_loopback=config.on_loopback, hashes=Hashes()))
 
 
 def application(config: ServeConfig, catalogue: Catalogue) -> serve.Application:
     """Gateway and generators. Replicas load what the catalogue hosts, as much of it as they may hold, before they count as ready."""
     size, limits = config.replicas, config.limits
+    common: dict[str, Any] = {
+        "graceful_shutdown_timeout_s": size.drain_s,
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "health_check_period_s": 5,
+        "health_check_timeout_s": 30,
+        "logging_config": QUIET,
+    }
     scaling: dict[str, Any] = {"num_replicas": size.minimum}
     if size.maximum > size.minimum:
         scaling = {
@@ -48,25 +62,19 @@ def application(config: ServeConfig, catalogue: Catalogue) -> serve.Application:
         ray_actor_options={"num_cpus": size.num_cpus, "num_gpus": size.num_gpus},
         max_ongoing_requests=limits.max_requests,
         max_queued_requests=limits.max_requests,
-        graceful_shutdown_timeout_s=size.drain_s,
-        graceful_shutdown_wait_loop_s=0.5,
-        health_check_period_s=5,
-        health_check_timeout_s=30,
+        **common,
         **scaling,
     )
     gateway: Any = serve.deployment(
         serve.ingress()(Gateway),
         name="Gateway",
+        num_replicas=size.gateways,
         ray_actor_options={"num_cpus": 0.1},
         max_ongoing_requests=MAX_GATEWAY_REQUESTS,
-        graceful_shutdown_timeout_s=size.drain_s,
-        graceful_shutdown_wait_loop_s=0.5,
-        health_check_period_s=5,
-        health_check_timeout_s=30,
+        **common,
     )
-    specs = list(dict.fromkeys(model.spec for model in catalogue.hosted() if model.spec is not None))
-    bound = generators.bind(limits.model_dump(), size.max_models, specs)
-    app: serve.Application = gateway.bind(config.model_dump(mode="json"), bound)
+    told = config.model_dump(mode="json")
+    app: serve.Application = gateway.bind(told, generators.bind(told, catalogue.specs()))
     return app
 
 
@@ -80,7 +88,7 @@ def start(config: ServeConfig, catalogue: Catalogue) -> None:
     serve.start(
         proxy_location="HeadOnly",
         http_options=HTTPOptions(host=config.host, port=config.port),
-        logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+        logging_config=QUIET,
     )
     serve.run(application(config, catalogue), name=APP, route_prefix="/")
 
@@ -137,19 +145,19 @@ def describe(catalogue: Catalogue) -> list[str]:
 
 
 def write_serve_config(config: ServeConfig, path: Path) -> None:
-    """A file for `serve deploy`: what is hosted is the gateway's user_config, so that changing it restarts nothing."""
+    """A file for `serve deploy`. What is hosted stands in it once, as the deployments' user_config: changing it there restarts nothing."""
     hosting = config.hosting.model_dump(mode="json")
     document = {
         "proxy_location": "EveryNode",
         "http_options": {"host": config.host, "port": config.port},
-        "logging_config": {"log_level": "WARNING", "enable_access_log": False},
+        "logging_config": {"log_level": QUIET.log_level, "enable_access_log": QUIET.enable_access_log},
         "applications": [
             {
                 "name": APP,
                 "route_prefix": "/",
                 "import_path": "soul.orchestration.serve:build_app",
-                "args": config.model_dump(mode="json"),
-                "deployments": [{"name": "Gateway", "user_config": hosting}],
+                "args": config.model_dump(mode="json", exclude={"hosting", "watch"}),
+                "deployments": [{"name": name, "user_config": hosting} for name in ("Gateway", "Generator")],
             }
         ],
     }

@@ -59,6 +59,10 @@ class Catalogue:
     def hosted(self) -> list[Hosted]:
         return [model for model in self.models.values() if model.spec is not None]
 
+    def specs(self) -> list[ModelSpec]:
+        """What has to be in memory for them, each once."""
+        return list(dict.fromkeys(model.spec for model in self.models.values() if model.spec is not None))
+
 
 @dataclass(slots=True)
 class Hashes:

@@ -227,7 +227,8 @@ function cell(number, model) {
 }
 
 function fullReport(model) {
-  const details = make("details", {}, make("summary", { textContent: "The whole report, with its plots" }));
+  const isWide = matchMedia("(min-width: 40rem)").matches;
+  const details = make("details", { open: isWide }, make("summary", { textContent: "The whole report, with its plots" }));
   details.addEventListener("toggle", async () => {
     if (!details.open || details.querySelector("iframe")) return;
     try {

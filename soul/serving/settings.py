@@ -42,8 +42,12 @@ class Limits(_Section):
 
 
 class Replicas(_Section):
-    """`maximum` above `minimum` lets Serve add replicas while each has more than `target_requests` in flight."""
+    """`maximum` above `minimum` lets Serve add replicas while each has more than `target_requests` in flight.
 
+    `gateways`: processes with the routes. Two keep answering while one is replaced or lost.
+    """
+
+    gateways: Count = 1
     minimum: Count = 1
     maximum: Count = 1
     target_requests: Annotated[float, Field(gt=0)] = 8.0
@@ -104,7 +108,7 @@ class ServeConfig(_Section):
 
     @property
     def max_in_flight(self) -> int:
-        """Requests that the gateway lets in at a time."""
+        """Requests that a gateway lets in at a time."""
         return self.limits.max_requests * self.replicas.maximum
 
 

@@ -12,7 +12,7 @@ from soul.serving.work import Piece, Token, Usage
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """What every part of one answer repeats. `model` is the name that was asked for."""
+    """What every part of one answer repeats. `model` is the id that answers, also where an alias was asked for."""
 
     id: str
     model: str

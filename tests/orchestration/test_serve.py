@@ -19,11 +19,14 @@ import requests
 import yaml
 from openai import OpenAI
 
+from soul.serving.keys import hash_key
 from soul.serving.settings import ServeConfig, located
 from soul.settings import load_settings
 from tests.serving_runs import write_run
 
 pytestmark = pytest.mark.ray
+KEY = "a-key-of-these-tests"  # sent from the start, asked for once the config file is deployed
+HEADERS = {"Authorization": f"Bearer {KEY}"}
 LENGTH = 9000  # positions: an answer of so many tokens takes much longer than anything is waited for
 
 
@@ -34,7 +37,7 @@ class Server:
     folder: Path
 
     def client(self) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=60)
+        return OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=60)
 
     def write(self, *, runs: list[str], production: str) -> None:
         write_config(self.file, runs=runs, production=production)
@@ -121,6 +124,43 @@ def test_tokens_come_one_by_one_and_a_client_that_leaves_frees_the_replica(serve
     server.wait_for(lambda: replicas.num_rows.remote().result(timeout_s=10) == 0, timeout_s=5)
 
 
+def test_a_client_that_leaves_before_its_answer_frees_the_replica_too(server: Server) -> None:
+    from ray import serve
+
+    replicas = serve.get_deployment_handle("Generator", "soul")
+    body = {"model": "a", "prompt": "The", "max_tokens": LENGTH - 10, "temperature": 0}
+    with pytest.raises(requests.Timeout):
+        requests.post(f"{server.url}/v1/completions", json=body, timeout=0.4)
+    server.wait_for(lambda: replicas.num_rows.remote().result(timeout_s=10) == 0, timeout_s=5)
+
+
+def test_logs_have_request_ids_and_never_what_was_asked(server: Server) -> None:
+    """In every file that Ray and Serve write, for answers and for refusals; the request ids show that the files are the right ones."""
+    canary = "canary-in-the-prompt"
+    talk = [{"role": "user", "content": canary}]
+    asked: list[tuple[str, Any, int]] = [
+        ("completions", {"prompt": canary, "max_tokens": 2}, 200),
+        ("completions", {"prompt": canary, "max_tokens": -2}, 400),
+        ("completions", {"prompt": canary * 9000, "max_tokens": 2}, 400),
+        ("chat/completions", {"messages": talk, "max_tokens": 2, "stream": True}, 200),
+        ("chat/completions", {"messages": [*talk, {"role": "assistant", "content": canary}]}, 400),
+        ("score", {"messages": talk, "answer": canary}, 200),
+    ]
+    for number, (route, body, status) in enumerate(asked):
+        headers = {"x-request-id": f"request-{number}"}
+        reply = requests.post(f"{server.url}/v1/{route}", json={"model": "a", **body}, headers=headers, timeout=30)
+        assert reply.status_code == status, reply.text
+        assert reply.headers["x-request-id"] == f"request-{number}"
+    logs = (Path(os.environ["RAY_AUTH_TOKEN_PATH"]).parent / "ray" / "session_latest" / "logs").resolve()
+
+    def written() -> str:
+        return "".join(path.read_text(errors="replace") for path in logs.rglob("*") if path.is_file())
+
+    for number, (route, _, status) in enumerate(asked):
+        server.wait_for(lambda: f"request-{number} /v1/{route} {status}" in written())  # noqa: B023 - called at once
+    assert canary not in written()
+
+
 def test_models_and_aliases_change_under_load_without_a_failed_request(server: Server) -> None:
     stop, failures, models = threading.Event(), [], []
 
@@ -176,12 +216,64 @@ def test_weights_that_change_are_refused_while_the_server_runs(server: Server) -
     server.wait_for(lambda: not is_refused())
 
 
+def pids() -> dict[str, set[int]]:
+    from ray.serve.context import _get_global_client
+
+    deployments = _get_global_client().get_serve_details()["applications"]["soul"]["deployments"]
+    return {name: {replica["pid"] for replica in told["replicas"]} for name, told in deployments.items()}
+
+
+def test_a_cluster_takes_the_config_file_and_its_changes_in_place(server: Server) -> None:
+    """What `serve deploy` does with the file that --build writes; a later change of what is hosted restarts no replica."""
+    from ray import serve as ray_serve
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    from soul.orchestration import serve
+
+    hosting: dict[str, Any] = {"runs": {"a": str(server.folder / "runs" / "a")}, "aliases": {"production": "a"}}
+    replicas = {"minimum": 2, "maximum": 2, "num_cpus": 0.2}
+    port = int(server.url.rpartition(":")[2])
+    config = ServeConfig.model_validate({"hosting": hosting, "port": port, "replicas": replicas, "key_hashes": [hash_key(KEY)]})
+    serve.write_serve_config(config, server.folder / "built.yaml")
+    document = yaml.safe_load((server.folder / "built.yaml").read_text())
+
+    def deploy() -> None:
+        _get_global_client().deploy_apps(ServeDeploySchema.model_validate(document))
+
+    def models() -> list[str]:
+        reply = requests.get(f"{server.url}/v1/models", headers=HEADERS, timeout=30)
+        return [model["id"] for model in reply.json()["data"]]
+
+    def num_models() -> list[int]:
+        return ray_serve.get_deployment_handle("Generator", "soul").broadcast("num_models").results(timeout_s=30)
+
+    def is_settled() -> bool:
+        return ray_serve.status().applications["soul"].status == "RUNNING" and sorted(map(len, pids().values())) == [1, 2]
+
+    deploy()
+    # the only gateway is replaced: requests wait for the new one
+    server.wait_for(lambda: requests.get(f"{server.url}/v1/models", timeout=120).status_code == 401, timeout_s=120)
+    server.wait_for(is_settled, timeout_s=120)
+    assert models() == ["a", "a.target", "a.retrained", "production"]
+    assert num_models() == [3, 3]  # on both, before anybody has asked
+    before = pids()
+    hosting["runs"]["b"] = str(server.folder / "runs" / "b")
+    for deployment in document["applications"][0]["deployments"]:
+        deployment["user_config"] = {**hosting, "aliases": {"production": "b"}, "policy": {"references": "never"}}
+    deploy()
+    server.wait_for(lambda: models() == ["a", "b", "production"], timeout_s=60)
+    assert server.client().completions.create(model="production", prompt="The", max_tokens=1).model == "b"
+    assert num_models() == [4, 4]
+    assert pids() == before
+
+
 def test_a_deleted_application_answers_what_it_has_begun(server: Server) -> None:
-    """Last: the server is gone afterwards."""
+    """Last of its kind: the server is gone afterwards."""
     from soul.orchestration import serve
 
     body = {"model": "a", "prompt": "The", "max_tokens": 240, "temperature": 1, "stream": True, "stream_options": {"include_usage": True}}
-    with requests.post(f"{server.url}/v1/completions", json=body, stream=True, timeout=60) as reply:
+    with requests.post(f"{server.url}/v1/completions", json=body, headers=HEADERS, stream=True, timeout=60) as reply:
         lines = reply.iter_lines()
         next(lines)
         stopping = threading.Thread(target=serve.stop)

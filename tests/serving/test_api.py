@@ -15,7 +15,9 @@ from soul.data.chat import ChatFormat
 from soul.evaluate.generate import generate_batch, stop_ids
 from soul.models.load import load_model, load_tokenizer
 from soul.serving.decoder import RunningBatch
-from tests.serving.conftest import KEY, Served
+from soul.serving.gate import Hashes, read_catalogue
+from soul.serving.settings import Hosting, ServeConfig
+from tests.serving.conftest import KEY, LIMITS, InProcess, Served, serve
 
 PROMPTS = ["Question: Who wrote it?\nAnswer:", "The", "Who is the author of the book that was written in the town of"]
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -226,6 +228,22 @@ def test_a_refused_model_says_why(served: Served) -> None:
         "forget.exact_memorization": False,
     }
     assert {question["group"] for question in told["questions"]} == {"forget", "retain", "world"}
+
+
+def test_an_unevaluated_model_is_marked_wherever_it_shows(runs: dict[str, str]) -> None:
+    hosting = Hosting(runs={"bad": runs["bad"]}, allow_unevaluated=True)
+    backend = InProcess(LIMITS)
+    for url in serve(ServeConfig(hosting=hosting), backend, read_catalogue(hosting, on_loopback=True, hashes=Hashes())):
+        listed = {model["id"]: model for model in requests.get(f"{url}/v1/models", timeout=10).json()["data"]}
+        assert not listed["bad"]["evaluated"] and listed["bad.target"]["evaluated"]
+        assert "does not pass" in requests.get(f"{url}/v1/models/bad/report", timeout=10).json()["reason"]
+        for stream in (False, True):
+            body = {"model": "bad", "prompt": "The", "max_tokens": 2, "stream": stream}
+            reply = requests.post(f"{url}/v1/completions", json=body, timeout=10)
+            assert reply.ok and "not approved" in reply.headers["x-soul-warning"]
+            assert "x-soul-warning" not in requests.post(f"{url}/v1/completions", json={**body, "model": "bad.target"}, timeout=10).headers
+    for engine in backend.engines.values():
+        engine.close()
 
 
 def test_a_client_that_leaves_stops_the_work(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,6 +196,26 @@ def test_keys() -> None:
     for header in (None, "", "Bearer", "Bearer ", "Bearer first-key-012345678", "first-key-0123456789", f"Bearer {hashes[0]}"):
         assert not is_admitted(header, hashes)
     assert is_admitted(None, ())
+
+
+def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through hmac, as hashes of one length, and with all keys whether or not an earlier one fits."""
+    compared: list[tuple[str, str]] = []
+
+    def compare(one: str, other: str) -> bool:
+        compared.append((one, other))
+        return one == other
+
+    monkeypatch.setattr("soul.serving.keys.hmac.compare_digest", compare)
+    hashes = [hash_key(f"key-number-{n}-0123456789") for n in range(3)]
+    for key in ("key-number-0-0123456789", "key-number-2-0123456789", "another", ""):
+        compared.clear()
+        assert is_admitted(f"Bearer {key}", hashes) == key.startswith("key-")
+        assert [known for _, known in compared] == hashes
+        assert {len(given) for given, _ in compared} == {64}
+
+
+def test_keys_that_cannot_be_used() -> None:
     with pytest.raises(InputError, match="at least 16") as caught:
         read_key_hashes({"SOUL_API_KEYS": "short-key"}, None)
     assert "short-key" not in str(caught.value)

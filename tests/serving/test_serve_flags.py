@@ -30,9 +30,11 @@ def test_build_writes_what_serve_deploy_reads(run: Path, tmp_path: Path, capsys:
     document = yaml.safe_load(file.read_text())
     app = serve_schema.ServeDeploySchema.model_validate(document).applications[0]
     assert document["http_options"] == {"host": "127.0.0.1", "port": 9001}
-    config = ServeConfig.model_validate(app.args)
-    assert config.replicas.minimum == 2 and config.hosting.aliases == {"production": "nice"}
-    assert Hosting.model_validate(app.deployments[0].user_config) == config.hosting
+    assert ServeConfig.model_validate(app.args).replicas.minimum == 2
+    for deployment in app.deployments:
+        hosting = Hosting.model_validate(deployment.user_config)
+        assert hosting.runs == {"nice": str(run)} and hosting.aliases == {"production": "nice"}
+    assert file.read_text().count(str(run)) == 1  # one place to change
     module, _, name = app.import_path.partition(":")
     assert callable(getattr(__import__(module, fromlist=[name]), name))
 
