@@ -136,7 +136,8 @@ def _is_undone(item: Planned, view: Shared) -> bool:
 
 def _search(config: GridConfig, planned: Sequence[Planned], display: Display, *, slots: int) -> None:
     isolated = planned[0].isolated
-    needs = {"CPU": 0.01} if isolated else {"CPU": 1.0}  # a Ray Train run's workers take their own
+    # A Ray Train run's workers take CPUs of their own: a trial that held even a hundredth of one would wait for ever where they need all.
+    needs = {"memory": 2.0**20} if isolated else {"CPU": 1.0}
     if ray.cluster_resources().get("GPU", 0) and not isolated:
         needs["GPU"] = 1.0
     folder = Path(config.output).resolve() / "tune"
