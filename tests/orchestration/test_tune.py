@@ -5,8 +5,11 @@ from __future__ import annotations
 import binascii
 import dataclasses
 import json
+import os
 import pickletools
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +32,7 @@ from soul.orchestration.tune import Planned, plan, run_grid
 from soul.records import InputError
 from soul.report.grid_build import build_grid_report, read_outcomes
 from soul.report.results import load_results
-from tests.orchestration.mini import Finished, fingerprint, found_in, splits, stamps, steps, weights
+from tests.orchestration.mini import ROOT, Finished, fingerprint, found_in, splits, stamps, steps, weights
 
 COMMON: dict[str, Any] = {"prepare": {"max_steps": 15}, "train": {"epochs": 2}, "evaluate": {"max_new_tokens": 8}, "progress": False}
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 1, "num_heads": 2, "vocab_size": 400, "max_length": 256}
@@ -244,3 +247,64 @@ def test_tune_is_told_names_and_numbers_only(tmp_path: Path) -> None:
         assert set(item.params) <= allowed
         texts = [value for name, value in item.params.items() if isinstance(value, str) and name != "folder"]
         assert all(re.fullmatch(r"[\w.\-]+", text) for text in texts)
+
+
+# --- trials with processes of their own
+
+
+def figures(folder: Path) -> tuple[Any, Any]:
+    found = load_results(folder)
+    return found.models, found.epochs
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_trial_in_processes_of_its_own_gives_the_same_figures_and_a_peak_memory(
+    small_grid: GridConfig, tofu: Path, tmp_path: Path
+) -> None:
+    shared = folder_of(plan(small_grid)[0])
+    cache = str(Path(small_grid.output) / "cache")
+    alone = grid_of(tofu, tmp_path / "alone", cache=cache, learning_rates=(1e-3,), isolated=True)
+    [item] = run_grid(alone)
+    assert figures(folder_of(item)) == figures(shared) and fingerprint(folder_of(item) / "model") == fingerprint(shared / "model")
+    ours, theirs = load_results(folder_of(item)), load_results(shared)
+    assert theirs.cost.peak_memory_bytes is None and "--isolated" in theirs.reasons["cost.peak_memory_bytes"]
+    assert (ours.cost.peak_memory_bytes or 0) > 50 * 2**20 and "cost.peak_memory_bytes" not in ours.reasons
+
+
+WHOLE_CLUSTER = """
+import json, sys
+import ray
+from soul.benchmarks import grid
+from soul import grid_config
+from soul.orchestration.cluster import worker_environment
+from soul.orchestration.tune import run_grid
+
+settings, tiny = map(json.loads, sys.argv[1:])
+grid.TINY_MODELS = grid_config.TINY_MODELS = {"mini": tiny}
+ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=200_000_000, log_to_driver=False,
+         runtime_env={"env_vars": worker_environment()})
+run_grid(grid_config.GridConfig.model_validate(settings))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_trials_that_need_every_cpu_of_the_cluster_wait_for_each_other_and_not_for_ever(
+    small_grid: GridConfig, tofu: Path, tmp_path: Path
+) -> None:
+    """Two workers a trial on a cluster of two CPUs; their figures are those of one process."""
+    cache = str(Path(small_grid.output) / "cache")
+    changes: dict[str, Any] = {"learning_rates": (1e-3, 3e-4), "engine": {"name": "ddp", "num_workers": 2}, "cache": cache}
+    config = grid_of(tofu, tmp_path / "g", **changes)
+    command = [sys.executable, "-c", WHOLE_CLUSTER, config.model_dump_json(), json.dumps(SMALL)]
+    subprocess.run(command, check=True, timeout=800, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    outcomes = read_outcomes(config.all_trials(), Path(config.output))
+    assert [outcome.state for outcome in outcomes] == ["done", "done"]
+    ours, single = outcomes[0], read_outcomes(small_grid.all_trials(), Path(small_grid.output))[0]
+    assert ours.trial == single.trial and ours.cost["peak_memory_bytes"]
+    for metric in ("probability", "exact_memorization", "nll"):
+        for split in ("forget", "retain"):
+            assert ours.values[f"{split}.{metric}"] == pytest.approx(single.values[f"{split}.{metric}"], abs=2e-3), (split, metric)
