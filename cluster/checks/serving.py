@@ -117,32 +117,37 @@ def serve_complaints(
         if missing is not None:
             yield f"{path}.import_path: {missing}"
         elif app.import_path == "soul.orchestration.serve:build_app":
-            yield from _own_complaints(f"{path}.args", app.args, file.http_options, keys_on_nodes=keys_on_nodes, capacity=capacity)
+            yield from _own_complaints(path, app, file.http_options, keys_on_nodes=keys_on_nodes, capacity=capacity)
 
 
 def _own_complaints(
-    where: str, args: dict[str, Any], http: _Http, *, keys_on_nodes: bool, capacity: Mapping[str, float] | None
+    where: str, app: _Application, http: _Http, *, keys_on_nodes: bool, capacity: Mapping[str, float] | None
 ) -> Iterator[str]:
+    """Settings of our own server. What is hosted may stand in `args`, or as the user_config of both deployments."""
     from soul.serving.settings import ServeConfig
 
-    stand_in = {"key_hashes": ["0" * 64]} if keys_on_nodes and not args.get("key_hashes") else {}
+    told = {deployment.name: deployment.user_config for deployment in app.deployments if deployment.user_config is not None}
+    if told and (set(told) != {"Gateway", "Generator"} or told["Gateway"] != told["Generator"]):
+        yield f"{where}.deployments: Gateway and Generator have to be told the same user_config"
+        return
+    stand_in = {"key_hashes": ["0" * 64]} if keys_on_nodes and not app.args.get("key_hashes") else {}
     try:
-        config = ServeConfig.model_validate({**args, **stand_in})
+        config = ServeConfig.model_validate({**app.args, **({"hosting": told["Gateway"]} if told else {}), **stand_in})
     except ValidationError as error:
-        yield from model_complaints(error, where)
+        yield from model_complaints(error, f"{where}.args")
         return
     if (config.host, config.port) != (http.host, http.port):
-        yield f"{where}: host and port differ from http_options: the gateway would judge by the wrong address whether keys are needed"
+        yield f"{where}.args: host and port differ from http_options: the gateway would judge by the wrong address whether keys are needed"
     if not config.hosting.runs:
-        yield f"{where}.hosting.runs: nothing is served"
+        yield f"{where}: no runs are hosted: nothing would be served"
     unknown = sorted(set(config.hosting.aliases.values()) - set(config.hosting.runs))
     if unknown and config.hosting.runs:
-        yield f"{where}.hosting.aliases: {', '.join(unknown)} is not among the runs"
+        yield f"{where}: alias of {', '.join(unknown)}, which is not among the runs"
     size = config.replicas
     for name, one in (("CPU", size.num_cpus), ("GPU", size.num_gpus)):
         room = math.inf if capacity is None else capacity.get(name, 0.0)
         if one * size.maximum > room:
-            yield f"{where}.replicas: {size.maximum} replicas need {one * size.maximum:g} {name}, the workers can grow to {room:g}"
+            yield f"{where}.args.replicas: {size.maximum} replicas need {one * size.maximum:g} {name}, the workers can grow to {room:g}"
 
 
 def import_complaint(import_path: str) -> str | None:

@@ -54,6 +54,10 @@ def inner(path: str, value: Any) -> Callable[[str], str]:
     return lambda text: yaml.safe_dump(changed(yaml.safe_load(text), path, value))
 
 
+def told(hosting: dict[str, Any]) -> Callable[[Any], Any]:
+    return lambda app: {**app, "deployments": [{"name": name, "user_config": hosting} for name in ("Gateway", "Generator")]}
+
+
 def replaced(old: str, new: str) -> Callable[[Any], Any]:
     def change(value: Any) -> Any:
         values = value if isinstance(value, list) else [value]
@@ -197,7 +201,14 @@ MISTAKES: dict[str, tuple[str, str, Any, str]] = {
         inner("applications.0.args.replica", {}),
         "replica: unknown key",
     ),
-    "alias of nothing": (SERVICE, "spec.serveConfigV2", inner("applications.0.args.hosting.aliases", {"a": "b"}), "b is not among"),
+    "alias of nothing": (
+        SERVICE,
+        "spec.serveConfigV2",
+        inner("applications.0", told({"runs": {"a": "/a"}, "aliases": {"b": "c"}})),
+        "alias of c",
+    ),
+    "nothing hosted": (SERVICE, "spec.serveConfigV2", inner("applications.0.deployments", []), "no runs are hosted"),
+    "told differently": (SERVICE, "spec.serveConfigV2", inner("applications.0.deployments.1.user_config", {}), "told the same user_config"),
     "replicas that do not fit": (SERVICE, "spec.serveConfigV2", inner("applications.0.args.replicas.num_gpus", 2), "need 8 GPU"),
     "two ports": (SERVICE, "spec.serveConfigV2", inner("applications.0.args.port", 8001), "differ from http_options"),
     "no port": (SERVICE, "spec.serveConfigV2", inner("http_options.port", 0), "http_options.port"),
@@ -283,3 +294,13 @@ def test_the_run_is_fetched_without_its_checkpoints(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", *container["args"]], env=environment, check=True, timeout=60)
     copied = {path.relative_to(tmp_path / "runs" / "tofu").as_posix() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
     assert copied == {"results.json", "model/config.json", "model/a.safetensors"}
+
+
+def test_what_the_server_writes_down_for_a_cluster_is_accepted(tmp_path: Path) -> None:
+    from soul.orchestration.serve import write_serve_config
+    from soul.serving.settings import Hosting, Replicas, ServeConfig
+
+    hosting = Hosting(runs={"tofu": "/runs/tofu"}, aliases={"production": "tofu"})
+    path = tmp_path / "serve.yaml"
+    write_serve_config(ServeConfig(hosting=hosting, host="0.0.0.0", key_hashes=("0" * 64,), replicas=Replicas(maximum=3)), path)
+    assert list(complaints(path.read_text(encoding="utf-8"))) == []
