@@ -15,8 +15,8 @@ from pydantic_core.core_schema import ValidationInfo
 from soul.data.settings import DataConfig as DataConfig  # part of this module's interface
 from soul.evaluate.settings import EvalSettings
 from soul.models.tiny import TinyConfig
-from soul.objectives.methods import NPO, MethodConfig
-from soul.optim.configs import OPTIMIZERS, OptimizerConfig
+from soul.objectives.methods import NPO, Influence, MethodConfig
+from soul.optim.configs import OPTIMIZERS, OneShotConfig, OptimizerConfig
 from soul.rundir import digest
 from soul.store import local
 from soul.train.config import TrainConfig
@@ -139,7 +139,9 @@ class Config(_Section):
     @model_validator(mode="before")
     @classmethod
     def _short_forms(cls, values: Any) -> Any:
-        return with_tiny_rate(expand_short_forms(values)) if isinstance(values, dict) else values
+        if not isinstance(values, dict):
+            return values
+        return with_tiny_rate(expand_short_forms(with_one_shot(expand_short_forms(values, defaults=False))))
 
     @field_validator("data")
     @classmethod
@@ -165,6 +167,7 @@ class Config(_Section):
     @model_validator(mode="after")
     def _across_sections(self) -> Self:
         self.engine.check_adapters(self.train.lora_rank)
+        self._check_one_shot()
         for optimizer in (self.optimizer, *(() if self.twin is None else (OPTIMIZERS[self.twin](),))):
             self.engine.check_estimator(optimizer.name, optimizer.estimator)
             hessian_splits(self.method, optimizer)
@@ -175,6 +178,22 @@ class Config(_Section):
         if self.benchmark == "own" and self.model.path is None:
             raise ValueError("own data needs a model that has seen it, got none. Set model.path (--model) to a folder or a hub id.")
         return self
+
+    def _check_one_shot(self) -> None:
+        """Influence and its step belong together, and nothing else fits between them."""
+        if isinstance(self.optimizer, OneShotConfig) and not isinstance(self.method, Influence):
+            raise ValueError(f"optimizer one_shot belongs to method influence, got {self.method.name}. Choose one of {_others('')}.")
+        if not isinstance(self.method, Influence):
+            return
+        if not isinstance(self.optimizer, OneShotConfig):
+            raise ValueError(f"method influence takes one step of its own, got optimizer {self.optimizer.name}. Remove it (--optimizer).")
+        if self.twin is not None:
+            raise ValueError(f"method influence takes one step of its own, got twin {self.twin}. Remove it (--twin).")
+        if self.engine.max_grad_norm is not None:
+            raise ValueError(
+                f"method influence sums gradients and clips none, got max_grad_norm {self.engine.max_grad_norm}. Remove "
+                "engine.max_grad_norm (--max-grad-norm)."
+            )
 
     @property
     def makes_target(self) -> bool:
@@ -234,7 +253,7 @@ class Config(_Section):
     def warnings(self) -> tuple[str, ...]:
         """What is allowed and probably not meant; for the log of a run."""
         train, workers = self.train, self.engine.num_workers
-        found = self.engine.cautions(self.optimizer.learning_rate)
+        found = [] if isinstance(self.optimizer, OneShotConfig) else self.engine.cautions(self.optimizer.learning_rate)
         if workers > train.batch_size:
             found.append(
                 f"batch_size {train.batch_size} leaves some of {workers} workers without rows. Raise batch_size or use fewer workers."
@@ -298,11 +317,21 @@ def expand_short_forms(values: dict[str, Any], *, defaults: bool = True) -> dict
     return expanded
 
 
+def with_one_shot(values: dict[str, Any]) -> dict[str, Any]:
+    """What method influence brings along where nothing else is given: its optimizer, one pass, no clipping."""
+    method = values.get("method")
+    if (method.get("name") if isinstance(method, dict) else getattr(method, "name", None)) != "influence":
+        return values
+    brought: dict[str, dict[str, Any]] = {"optimizer": {"name": "one_shot"}, "train": {"epochs": 1}, "engine": {"max_grad_norm": None}}
+    given = {section: values.get(section, {}) for section in brought}
+    return {**values, **{section: {**brought[section], **own} if isinstance(own, dict) else own for section, own in given.items()}}
+
+
 def with_tiny_rate(values: dict[str, Any]) -> dict[str, Any]:
     """The tiny model needs a larger learning rate than a pre-trained one: TINY_RATE where none is given and it is trained here."""
     model, optimizer = values.get("model", {}), values.get("optimizer", {"name": Config.model_fields["optimizer"].default.name})
     path = model.get("path") if isinstance(model, dict) else getattr(model, "path", None)
-    if path is not None or not isinstance(optimizer, dict) or "learning_rate" in optimizer:
+    if path is not None or not isinstance(optimizer, dict) or "learning_rate" in optimizer or optimizer.get("name") == "one_shot":
         return values
     return {**values, "optimizer": {**optimizer, "learning_rate": TINY_RATE}}
 

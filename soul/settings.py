@@ -67,8 +67,15 @@ def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _applicable(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The preset without the settings of a method or an optimizer that is not the one chosen, and without a twin that is."""
+    """The preset without the settings of a method or an optimizer that is not the one chosen, and without a twin that is.
+
+    Method influence takes one step after one pass: no twin, no epochs.
+    """
     kept = dict(preset)
+    method = given.get("method")
+    if isinstance(method, Mapping) and method.get("name") == "influence":
+        kept |= {"train": {key: value for key, value in kept.get("train", {}).items() if key != "epochs"}}
+        kept.pop("twin", None)
     for section in ("method", "optimizer"):
         chosen, own = given.get(section), kept.get(section)
         if isinstance(chosen, Mapping) and isinstance(own, Mapping) and chosen.get("name", own.get("name")) != own.get("name"):

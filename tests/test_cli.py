@@ -178,7 +178,7 @@ def test_without_data_and_model_it_is_the_demo() -> None:
         ("tofu --rho 1 --optimizer adamw", ["--rho belongs to sophia, sophia_h, soul_release, got --optimizer adamw."]),
         ("tofu --beta 1 --method ga", ["--beta belongs to npo, got --method ga."]),
         ("tofu --rho high", ["--rho: expected a valid number or 'auto', got high."]),
-        ("tofu --method npoo", ["--method: expected one of 'ga', 'grad_diff', 'po', 'npo', got npoo.", "Did you mean npo?"]),
+        ("tofu --method npoo", ["--method: expected one of 'ga', 'grad_diff', 'po', 'npo', 'influence', got npoo.", "Did you mean npo?"]),
         ("tofu --optimizer sofia", ["--optimizer: expected one of 'adamw', 'sophia'", "Did you mean sophia?"]),
         ("tofu --engine deepsped", ["--engine: expected 'single'", "got deepsped"]),
         ("tofu --epochs 0", ["--epochs: expected greater than or equal to 1, got 0."]),

@@ -35,7 +35,7 @@ def test_defaults_are_the_papers_second_order_npo() -> None:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "influence"])  # which has an optimizer of its own
 def test_python_yaml_and_json_say_the_same(method: str, optimizer: str, tmp_path: Path) -> None:
     in_python = Config(method=method, optimizer={"name": optimizer, "learning_rate": 3e-5}, engine="ddp", train={"epochs": 3})  # type: ignore[arg-type]
     text = f"method: {method}\noptimizer: {{name: {optimizer}, learning_rate: 3e-5}}\nengine: ddp\ntrain:\n  epochs: 3\n"

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports deepspeed, which says on stdout that it found no GPU
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from soul.records import InputError
@@ -97,11 +97,8 @@ def load_model(
         InputError: the model is missing, is no causal language model, or has no safetensors weights.
     """
     check_model_folder(name_or_path)
+    config = load_config(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
-        for name in ("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "dropout"):
-            if getattr(config, name, None):
-                setattr(config, name, 0.0)
         with _without_bars():
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 name_or_path,
@@ -113,11 +110,29 @@ def load_model(
                 attn_implementation=attention,
             )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(
-            f"no causal language model could be loaded from {name_or_path} ({type(error).__name__}): {_first_line(error)}"
-        ) from error
+        raise _not_loaded(name_or_path, error) from error
     model.config.use_cache = False
     return model
+
+
+def load_config(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The model's own config, dropout off.
+
+    Raises:
+        InputError: it is missing, or of a kind that transformers does not know.
+    """
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_loaded(name_or_path, error) from error
+    for name in ("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "dropout"):
+        if getattr(config, name, None):
+            setattr(config, name, 0.0)
+    return config
+
+
+def _not_loaded(name_or_path: str, error: Exception) -> InputError:
+    return InputError(f"no causal language model could be loaded from {name_or_path} ({type(error).__name__}): {_first_line(error)}")
 
 
 def save_model(

@@ -71,6 +71,18 @@ class NPO(_Config):
         )
 
 
+class Influence(_Config):
+    """One-shot influence unlearning: theta + step_length (H + damping)^-1 gradient of the forget loss, H diagonal, after one pass.
+
+    The step itself is optimizer one_shot. Retain rows are streamed for the curvature; their loss has no weight.
+    """
+
+    name: Literal["influence"] = "influence"
+
+    def terms(self) -> tuple[Term, ...]:
+        return (Term("forget", "forget", "tokens", 1.0, negated_nll), Term("retain", "retain", "tokens", 0.0, nll))
+
+
 class Finetune(_Config):
     """Plain likelihood of the retain split: how target and retrained models are made. Not an unlearning method."""
 
@@ -80,10 +92,16 @@ class Finetune(_Config):
         return (Term("retain", "retain", "tokens", 1.0, nll),)
 
 
-METHODS: dict[str, type[GA | GradDiff | PO | NPO]] = {"ga": GA, "grad_diff": GradDiff, "po": PO, "npo": NPO}
-Method = GA | GradDiff | PO | NPO | Finetune
-MethodConfig = Annotated[GA | GradDiff | PO | NPO, Field(discriminator="name")]
-TITLES = {"ga": "GA", "grad_diff": "GradDiff", "po": "PO", "npo": "NPO", "finetune": "fine-tuning"}
+METHODS: dict[str, type[GA | GradDiff | PO | NPO | Influence]] = {
+    "ga": GA,
+    "grad_diff": GradDiff,
+    "po": PO,
+    "npo": NPO,
+    "influence": Influence,
+}
+Method = GA | GradDiff | PO | NPO | Influence | Finetune
+MethodConfig = Annotated[GA | GradDiff | PO | NPO | Influence, Field(discriminator="name")]
+TITLES = {"ga": "GA", "grad_diff": "GradDiff", "po": "PO", "npo": "NPO", "influence": "Influence", "finetune": "fine-tuning"}
 
 
 def streamed_splits(method: Method) -> tuple[str, ...]:

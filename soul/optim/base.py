@@ -87,9 +87,10 @@ class ShardOptimizer(torch.optim.Optimizer, ABC):
         return buckets([self._state_of(p) for p in self.state], foreach=self.foreach)
 
     def _record(self, directions: list[Tensor], *, lr: float) -> None:
-        if not self.collect_stats:
-            return
-        sums = step_sums(directions, lr=lr)
+        if self.collect_stats:
+            self._add_sums(step_sums(directions, lr=lr))
+
+    def _add_sums(self, sums: Tensor) -> None:
         self._sums = sums if self._sums is None else self._sums.to(sums.device) + sums
 
     def take_stats(self) -> OptimizerStats:

@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
+from soul.optim.one_shot import OneShot
 from soul.optim.rho import RhoController
 from soul.optim.signum import Signum
 from soul.optim.sophia import SophiaG, SophiaH
@@ -27,25 +28,20 @@ class _Optimizer(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    learning_rate: float = Field(
-        1e-5,
-        gt=0,
-        description="Peak learning rate (5e-4 for the tiny model trained from scratch unless given). "
-        "For sophia, sophia_h, signum and soul_release also the furthest a weight can move in one step.",
-    )
-    weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay per unit of learning rate; biases and norms are exempt.")
-
     order: ClassVar[Literal["FO", "SO"]] = "FO"
     """The family in which tables show the optimizer, as in FO-NPO and SO-NPO."""
     state_tensors: ClassVar[int] = 2
     """State tensors of a parameter's size, for memory planning."""
-    estimator: ClassVar[Estimator | None] = None
-    """How curvature is measured, None where it is not: Gauss-Newton-Bartlett, or Hutchinson's estimate of the Hessian."""
+
+    @property
+    def estimator(self) -> Estimator | None:
+        """How training measures curvature: Gauss-Newton-Bartlett, empirical Fisher or Hutchinson's estimate. None: it does not."""
+        return None
 
     @property
     def second_order(self) -> bool:
         """Whether training makes curvature passes: steps for which `curvature_due` is true."""
-        return False
+        return self.estimator is not None
 
     def curvature_due(self, step: int) -> bool:
         """Whether h is to be updated before step `step` (from 0)."""
@@ -54,6 +50,18 @@ class _Optimizer(BaseModel, ABC):
     @abstractmethod
     def build(self, named_parameters: NamedParameters, *, eager_state: bool = True) -> torch.optim.Optimizer:
         """The optimizer of the parameters that require a gradient. `eager_state=False`: for ZeRO, see ShardOptimizer."""
+
+
+class _Stepwise(_Optimizer, ABC):
+    """Abstract: what optimizers of many steps have."""
+
+    learning_rate: float = Field(
+        1e-5,
+        gt=0,
+        description="Peak learning rate (5e-4 for the tiny model trained from scratch unless given). "
+        "For sophia, sophia_h, signum and soul_release also the furthest a weight can move in one step.",
+    )
+    weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay per unit of learning rate; biases and norms are exempt.")
 
     def _groups(self, named_parameters: NamedParameters) -> list[dict[str, Any]]:
         """Matrices decay, biases and one-dimensional weights (norms) do not."""
@@ -66,7 +74,7 @@ class _Optimizer(BaseModel, ABC):
         return [{"params": params, "weight_decay": decay} for params, decay in zip(groups, decays, strict=True) if params]
 
 
-class AdamWConfig(_Optimizer):
+class AdamWConfig(_Stepwise):
     """AdamW, the first-order baseline."""
 
     name: Literal["adamw"] = "adamw"
@@ -79,7 +87,7 @@ class AdamWConfig(_Optimizer):
         return torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=fused or None)
 
 
-class _SophiaConfig(_Optimizer, ABC):
+class _SophiaConfig(_Stepwise, ABC):
     """Abstract: what Sophia has with either estimate of the curvature."""
 
     betas: tuple[Fraction, Fraction] = Field(
@@ -97,10 +105,6 @@ class _SophiaConfig(_Optimizer, ABC):
 
     order: ClassVar[Literal["FO", "SO"]] = "SO"
     kind: ClassVar[type[SophiaG]]
-
-    @property
-    def second_order(self) -> bool:
-        return True
 
     def curvature_due(self, step: int) -> bool:
         return step % self.hessian_every == 0
@@ -120,8 +124,11 @@ class SophiaConfig(_SophiaConfig):
 
     name: Literal["sophia"] = "sophia"
 
-    estimator: ClassVar[Estimator] = "gnb"
     kind: ClassVar[type[SophiaG]] = SophiaG
+
+    @property
+    def estimator(self) -> Estimator:
+        return "gnb"
 
 
 class SophiaHConfig(_SophiaConfig):
@@ -129,11 +136,14 @@ class SophiaHConfig(_SophiaConfig):
 
     name: Literal["sophia_h"] = "sophia_h"
 
-    estimator: ClassVar[Estimator] = "hutchinson"
     kind: ClassVar[type[SophiaG]] = SophiaH
 
+    @property
+    def estimator(self) -> Estimator:
+        return "hutchinson"
 
-class SoulReleaseConfig(_Optimizer):
+
+class SoulReleaseConfig(_Stepwise):
     """The optimizer of the released SOUL code, to the letter; labelled SO as its authors do, though it makes no curvature pass."""
 
     name: Literal["soul_release"] = "soul_release"
@@ -148,7 +158,7 @@ class SoulReleaseConfig(_Optimizer):
         return SoulRelease(groups, lr=self.learning_rate, betas=self.betas, rho=self.rho, eps=self.eps, eager_state=eager_state)
 
 
-class SignumConfig(_Optimizer):
+class SignumConfig(_Stepwise):
     """Sign of the momentum: what sophia is when everything is clipped (first-order control)."""
 
     name: Literal["signum"] = "signum"
@@ -160,6 +170,37 @@ class SignumConfig(_Optimizer):
         return Signum(self._groups(named_parameters), lr=self.learning_rate, momentum=self.momentum, eager_state=eager_state)
 
 
+class OneShotConfig(_Optimizer):
+    """The single step of method influence: the gradient of a whole pass over its damped curvature; chosen with that method."""
+
+    name: Literal["one_shot"] = "one_shot"
+    step_length: float | None = Field(
+        None, gt=0, description="Factor of the step (null: forget tokens / all tokens, as removing the forget rows' weight asks for)."
+    )
+    damping: float = Field(1.0, ge=0, description="Added to the curvature, as a multiple of its mean over the weights.")
+    curvature: Literal["gnb", "fisher"] = Field(
+        "gnb",
+        description="Gauss-Newton diagonal with sampled labels (gnb), or squared gradients of the rows' own labels (fisher), which takes "
+        "the rows one at a time.",
+    )
+    hessian_data: HessianData = Field(
+        "both", description="Rows whose loss defines the curvature. Both: each split with its share of all tokens."
+    )
+
+    order: ClassVar[Literal["FO", "SO"]] = "SO"
+
+    @property
+    def estimator(self) -> Estimator:
+        return self.curvature
+
+    def curvature_due(self, step: int) -> bool:
+        return True
+
+    def build(self, named_parameters: NamedParameters, *, eager_state: bool = True) -> OneShot:
+        return OneShot([parameter for _, parameter in named_parameters if parameter.requires_grad], eager_state=eager_state)
+
+
+# The optimizers to choose from; one_shot comes with its method.
 OPTIMIZERS: dict[str, type[AdamWConfig] | type[SophiaConfig] | type[SophiaHConfig] | type[SoulReleaseConfig] | type[SignumConfig]] = {
     "adamw": AdamWConfig,
     "sophia": SophiaConfig,
@@ -168,4 +209,6 @@ OPTIMIZERS: dict[str, type[AdamWConfig] | type[SophiaConfig] | type[SophiaHConfi
     "signum": SignumConfig,
 }
 
-OptimizerConfig = Annotated[AdamWConfig | SophiaConfig | SophiaHConfig | SoulReleaseConfig | SignumConfig, Field(discriminator="name")]
+OptimizerConfig = Annotated[
+    AdamWConfig | SophiaConfig | SophiaHConfig | SoulReleaseConfig | SignumConfig | OneShotConfig, Field(discriminator="name")
+]

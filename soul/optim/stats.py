@@ -6,7 +6,7 @@ Nothing here communicates. Every number is a sum, a maximum or a histogram, so r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,14 @@ class OptimizerStats:
     """
 
     sums: Tensor
+
+    @classmethod
+    def unclipped(cls, directions: Sequence[Tensor], *, lr: float) -> OptimizerStats:
+        """Of directions that nothing clips."""
+        moved = [int(direction.count_nonzero()) for direction in directions]
+        squared = [float(direction.double().square().sum()) * lr**2 for direction in directions]
+        numel = [direction.numel() for direction in directions]
+        return cls(torch.tensor([sum(moved), sum(moved), sum(numel), math.fsum(squared)], dtype=torch.float64))
 
     @property
     def num_unclipped(self) -> Tensor:

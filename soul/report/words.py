@@ -103,8 +103,8 @@ COSTS: Final[Mapping[str, str]] = {
     "optimizer_state_bytes_per_rank": "optimizer state per rank",
 }
 
-METHODS: Final[Mapping[str, str]] = {"ga": "GA", "grad_diff": "GradDiff", "po": "PO", "npo": "NPO"}
-ORDERS: Final[Mapping[str, str]] = {"adamw": "FO", "signum": "FO", "sophia": "SO", "sophia_h": "SO", "soul_release": "SO"}
+METHODS: Final[Mapping[str, str]] = {"ga": "GA", "grad_diff": "GradDiff", "po": "PO", "npo": "NPO", "influence": "Influence"}
+ORDERS: Final[Mapping[str, str]] = {"adamw": "FO", "signum": "FO", "sophia": "SO", "sophia_h": "SO", "soul_release": "SO", "one_shot": "SO"}
 
 
 def run_title(method: str, optimizer: str) -> str:

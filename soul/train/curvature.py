@@ -1,8 +1,9 @@
-"""How curvature is measured on the rows of a step: which rows, which weights, and either estimate of the diagonal."""
+"""How curvature is measured on the rows of a step: which rows, which weights, and the estimates of the diagonal."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,11 +11,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from soul.batch import Batch
 from soul.objectives.methods import Method
-from soul.optim.configs import OptimizerConfig
+from soul.optim.configs import OneShotConfig, OptimizerConfig
 from soul.optim.curvature import probe_signs
+from soul.optim.sophia import SophiaG
 from soul.records import InputError
 from soul.train.engine import Engine, unwrap
-from soul.train.objective import global_counts, sampled_loss, weighted_nll
+from soul.train.objective import global_counts, root_weighted_nll, sampled_loss, select, supervised_rows, take, weighted_nll
+from soul.train.one_shot import WholePass
 
 
 def hessian_splits(method: Method, optimizer: OptimizerConfig) -> tuple[str, ...]:
@@ -23,6 +26,8 @@ def hessian_splits(method: Method, optimizer: OptimizerConfig) -> tuple[str, ...
     Raises:
         InputError: retain rows are asked for, and the method does not train on any.
     """
+    if isinstance(optimizer, OneShotConfig):
+        return ("forget", "retain") if optimizer.hessian_data == "both" else (optimizer.hessian_data,)
     streamed = tuple(term.split for term in method.terms() if term.weight > 0)
     choice = getattr(optimizer, "hessian_data", None)
     if choice == "both":
@@ -36,17 +41,48 @@ def hessian_splits(method: Method, optimizer: OptimizerConfig) -> tuple[str, ...
 
 
 def measure_curvature(
-    engine: Engine, batches: Sequence[Batch], method: Method, optimizer: OptimizerConfig, *, seed: int, update: int
+    engine: Engine,
+    batches: Sequence[Batch],
+    method: Method,
+    optimizer: OptimizerConfig,
+    *,
+    seed: int,
+    update: int,
+    whole: WholePass | None = None,
 ) -> None:
-    """Update h from the rows of a step; its gradients are never norm-clipped. `update`: number of the update, which names its noise."""
+    """Update h from the rows of a step; its gradients are never norm-clipped. `update`: number of the update, which names its noise.
+
+    `whole`: divide by the counts of this pass instead of the step's.
+    """
+    if whole is None:
+        token_weights = _step_weights(engine, batches, method, optimizer)
+    else:
+        assert isinstance(optimizer, OneShotConfig)
+        token_weights = whole.token_weights(optimizer.hessian_data)
+    match optimizer.estimator:
+        case "hutchinson":
+            fold_hutchinson(engine, batches, token_weights, seed=seed, update=update)
+        case "fisher":
+            fold_fisher(engine, batches, token_weights)
+        case _:
+            fold_gauss_newton(engine, batches, token_weights, seed=seed, update=update)
+
+
+def _step_weights(engine: Engine, batches: Sequence[Batch], method: Method, optimizer: OptimizerConfig) -> dict[str, float]:
+    """The weight of each token in the loss of the step."""
     splits = hessian_splits(method, optimizer)
     counts = global_counts(engine, batches, [(split, "tokens") for split in splits])
     weights = {term.split: term.weight for term in method.terms()}
-    token_weights = {split: weights[split] / tokens for split, tokens in zip(splits, counts, strict=True) if tokens > 0}
-    if optimizer.estimator == "hutchinson":
-        fold_hutchinson(engine, batches, token_weights, seed=seed, update=update)
-    else:
-        fold_gauss_newton(engine, batches, token_weights, seed=seed, update=update)
+    return {split: weights[split] / tokens for split, tokens in zip(splits, counts, strict=True) if tokens > 0}
+
+
+def curvature_mean(engine: Engine) -> float:
+    """Mean of h over all weights, wherever they are."""
+    optimizer = engine.optimizer
+    assert isinstance(optimizer, SophiaG)
+    local = optimizer.curvature_stats(quantiles=False)
+    sums = local.sums.to(engine.device)
+    return float(replace(local, sums=engine.all_reduce_sum(sums) if engine.sharded else sums).mean)
 
 
 def fold_gauss_newton(engine: Engine, batches: Sequence[Batch], token_weights: dict[str, float], *, seed: int, update: int) -> None:
@@ -54,6 +90,22 @@ def fold_gauss_newton(engine: Engine, batches: Sequence[Batch], token_weights: d
     for i, batch in enumerate(batches):
         engine.backward(sampled_loss(engine, batch, token_weights, seed=seed, update=update), last=True)
         engine.hessian_step(decay=i == 0)
+
+
+def fold_fisher(engine: Engine, batches: Sequence[Batch], token_weights: dict[str, float]) -> None:
+    """Empirical Fisher: the squared gradient of every row's own loss.
+
+    Gradients meet over ranks before anything is squared, so that one row at a time is in work, on one rank; the others run a filler.
+    """
+    for batch in batches:
+        rows = supervised_rows(batch, list(token_weights))
+        shares = torch.zeros(engine.world, dtype=torch.float64, device=engine.device)
+        shares[engine.rank] = len(rows)
+        for rank, num_rows in enumerate(engine.all_reduce_sum(shares).int().tolist()):
+            for i in range(num_rows):
+                row = take(batch, [rows[i]]) if rank == engine.rank else select(batch, ())
+                engine.backward(root_weighted_nll(engine, row, token_weights), last=True)
+                engine.hessian_step(decay=False)
 
 
 def fold_hutchinson(engine: Engine, batches: Sequence[Batch], token_weights: dict[str, float], *, seed: int, update: int) -> None:

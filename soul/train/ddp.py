@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from soul.models.stored import in_memory
 from soul.train.engine import BuildModel, BuildOptimizer, EngineConfig, FullEntry, StepInfo
 from soul.train.export import export_model
 from soul.train.ranks import join_group, sum_over_ranks
@@ -39,7 +40,7 @@ class DDPEngine:
         self.optimizer: torch.optim.Optimizer
 
     def prepare(self, build_model: BuildModel, build_optimizer: BuildOptimizer) -> None:
-        model = store_weights(build_model().to(self.device), self.config.precision)
+        model = store_weights(in_memory(build_model()).to(self.device), self.config.precision)
         enable_checkpointing(model, self.config)
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         replica = DistributedDataParallel(model, device_ids=device_ids, forward_sync_buffers=False, gradient_as_bucket_view=True)

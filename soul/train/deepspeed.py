@@ -142,7 +142,7 @@ class DeepSpeedEngine:
         if self.config.stage == 3:
             self._deepspeed.zero.Init(module=unit, config_dict_or_path=settings)
 
-    def _set_weights(self, values: Mapping[str, nn.Parameter]) -> None:
+    def _set_weights(self, values: Mapping[str, Tensor]) -> None:
         """Give the fp32 weights rank 0's values: ZeRO made them from the model's, which bf16 has rounded."""
         for name, parameter in unwrap(self.model).named_parameters():
             if parameter in self._shares:

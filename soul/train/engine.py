@@ -16,7 +16,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-BuildModel = Callable[[], nn.Module]
+from soul.models.stored import BuildModel as BuildModel  # part of this module's interface
+
 BuildOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 Precision = Literal["fp32", "bf16", "pure_bf16"]
 

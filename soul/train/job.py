@@ -19,14 +19,16 @@ from soul.batch import Batch
 from soul.data.feed import LocalFeed
 from soul.data.steps import StepSource
 from soul.models.load import load_model, load_tokenizer
+from soul.models.stored import StoredModel, stored_model
 from soul.objectives.methods import Method, streamed_splits
-from soul.optim.configs import OptimizerConfig
+from soul.optim.configs import OneShotConfig, OptimizerConfig
 from soul.rundir import write_atomically
 from soul.train.config import TrainConfig
 from soul.train.engine import BuildModel, BuildOptimizer, Engine, EngineConfig
 from soul.train.loop import Hooks, Progress, train
 from soul.train.lora import add_adapters
 from soul.train.moved import MovedWeights
+from soul.train.one_shot import WholePass
 from soul.train.probe import probe_splits
 
 SaveCheckpoint = Callable[[Engine, Progress], None]
@@ -129,6 +131,7 @@ def run_job(
         steps_per_epoch=plan.steps_per_epoch,
         progress=progress,
         hooks=Hooks(after_step, after_epoch),
+        whole=WholePass.of(plan, stores, total) if isinstance(job.optimizer, OneShotConfig) else None,
     )
     engine.export(Path(job.export), tokenizer=tokenizer, dtype=_export_dtype(job))
     return JobResult(progress.step, progress.tokens, progress.seconds, peak_memory_bytes(engine), state_bytes(engine), progress.epochs)
@@ -137,7 +140,11 @@ def run_job(
 def _builders(job: TrainJob) -> tuple[BuildModel, BuildOptimizer]:
     """How the engine is to make model and optimizer."""
 
-    def build_model() -> nn.Module:
+    def build_model() -> nn.Module | StoredModel:
+        if job.engine.name in ("fsdp", "deepspeed") and job.train.lora_rank is None:
+            stored = stored_model(job.model, revision=job.revision, trust_remote_code=job.trust_remote_code)
+            if stored is not None:
+                return stored
         model = load_model(job.model, revision=job.revision, trust_remote_code=job.trust_remote_code)
         return model if job.train.lora_rank is None else add_adapters(model, job.train.lora_rank, seed=job.train.seed)
 

@@ -15,13 +15,15 @@ import torch
 
 from soul.batch import Batch
 from soul.objectives.methods import Method
-from soul.optim.configs import OptimizerConfig
+from soul.optim.configs import OneShotConfig, OptimizerConfig
+from soul.optim.one_shot import OneShot
 from soul.optim.schedule import lr_factor
 from soul.optim.sophia import SophiaG
 from soul.train.config import TrainConfig
-from soul.train.curvature import measure_curvature
+from soul.train.curvature import curvature_mean, measure_curvature
 from soul.train.engine import Engine
 from soul.train.objective import global_counts, term_sums
+from soul.train.one_shot import WholePass
 from soul.train.telemetry import Telemetry
 
 
@@ -70,15 +72,21 @@ class Hooks:
     after_epoch: Callable[[int, Progress], None] = lambda epoch, progress: None
 
 
-def _descend(engine: Engine, batches: Sequence[Batch], method: Method, step: int) -> tuple[dict[str, float], float]:
-    """Backward of the objective over all micro-batches; returns the global value of each term and the tokens seen."""
+def _descend(
+    engine: Engine, batches: Sequence[Batch], method: Method, step: int, whole: WholePass | None
+) -> tuple[dict[str, float], float]:
+    """Backward of the objective over all micro-batches; returns the global value of each term and the tokens seen.
+
+    The gradient is of means over the step, or of the step's part of means over a `whole` pass.
+    """
     terms = method.terms()
     counts = global_counts(engine, batches, [(term.split, term.unit) for term in terms] + [(term.split, "tokens") for term in terms])
     divisors, tokens = counts[: len(terms)], sum(counts[len(terms) :])
+    shares = divisors if whole is None else [whole.tokens[term.split] for term in terms]
     totals = torch.zeros(len(terms), dtype=torch.float64, device=engine.device)
     for i, batch in enumerate(batches):
         sums = term_sums(engine, batch, terms)
-        parts = [term.weight / max(divisor, 1) * value for term, divisor, value in zip(terms, divisors, sums, strict=True)]
+        parts = [term.weight / max(divisor, 1) * value for term, divisor, value in zip(terms, shares, sums, strict=True)]
         engine.backward(torch.stack(parts).sum(), last=i == len(batches) - 1)
         totals += torch.stack([value.detach().double() for value in sums])
     means = engine.all_reduce_sum(totals).cpu() / torch.tensor(divisors, dtype=torch.float64).clamp(min=1)
@@ -88,11 +96,22 @@ def _descend(engine: Engine, batches: Sequence[Batch], method: Method, step: int
     return values, tokens
 
 
-def _set_rate(engine: Engine, optimizer: OptimizerConfig, config: TrainConfig, *, step: int, total: int) -> float:
-    """Give every parameter group the learning rate of this step; returns it."""
-    factor = lr_factor(step, total_steps=total, warmup_fraction=config.warmup_fraction, schedule=config.schedule)
-    rate = optimizer.learning_rate * factor
-    for group in engine.optimizer.param_groups:
+def _prepare_step(
+    engine: Engine, optimizer: OptimizerConfig, config: TrainConfig, progress: Progress, total: int, whole: WholePass | None
+) -> float:
+    """Tell the optimizer what only the loop counts; returns the learning rate of this step."""
+    stepper = engine.optimizer
+    if isinstance(stepper, SophiaG):
+        stepper.set_hessian_updates(progress.hessian_updates)  # not in checkpoints: a resumed run counts from here
+    if isinstance(optimizer, OneShotConfig):
+        assert isinstance(stepper, OneShot) and whole is not None and engine.config.max_grad_norm is None
+        is_last = progress.step == total - 1
+        stepper.set_step(is_last=is_last, damping=optimizer.damping * curvature_mean(engine) if is_last else 0.0)
+        rate = whole.forget_share if optimizer.step_length is None else optimizer.step_length
+    else:
+        schedule = lr_factor(progress.step, total_steps=total, warmup_fraction=config.warmup_fraction, schedule=config.schedule)
+        rate = optimizer.learning_rate * schedule
+    for group in stepper.param_groups:
         group["lr"] = rate
     return rate
 
@@ -107,8 +126,9 @@ def train(
     steps_per_epoch: int,
     progress: Progress,
     hooks: Hooks,
+    whole: WholePass | None = None,
 ) -> Progress:
-    """Run from `progress.step` to the end. `steps` yields this rank's micro-batches from that step on.
+    """Run from `progress.step` to the end. `steps` yields this rank's micro-batches from that step on; `whole` is for one_shot.
 
     Raises:
         NonFiniteLoss: a term's value is NaN or infinite.
@@ -124,12 +144,10 @@ def train(
         started = time.perf_counter()
         batches = [batch.to(engine.device) for batch in batches]
         if optimizer.curvature_due(progress.step):
-            measure_curvature(engine, batches, method, optimizer, seed=config.seed, update=progress.hessian_updates)
+            measure_curvature(engine, batches, method, optimizer, seed=config.seed, update=progress.hessian_updates, whole=whole)
             progress.hessian_updates += 1
-        if isinstance(engine.optimizer, SophiaG):
-            engine.optimizer.set_hessian_updates(progress.hessian_updates)  # not in checkpoints: a resumed run counts from here
-        rate = _set_rate(engine, optimizer, config, step=progress.step, total=total)
-        values, tokens = _descend(engine, batches, method, progress.step)
+        rate = _prepare_step(engine, optimizer, config, progress, total, whole)
+        values, tokens = _descend(engine, batches, method, progress.step, whole)
         telemetry.before_step(progress.step)
         info = engine.step()
         if not math.isfinite(info.grad_norm):

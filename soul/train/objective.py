@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -46,20 +47,24 @@ def term_sums(engine: Engine, batch: Batch, terms: Sequence[Term]) -> list[Tenso
 
 def select(batch: Batch, splits: Sequence[str]) -> Batch:
     """The rows of `splits`; when there are none, one row with its labels removed, so that every rank still runs a forward."""
-    wanted = torch.tensor([SPLITS.index(split) for split in splits], device=batch.split_B.device)
+    wanted = torch.tensor([SPLITS.index(split) for split in splits], dtype=torch.long, device=batch.split_B.device)
     keep_B = torch.isin(batch.split_B, wanted)
-    labels_BT = batch.labels_BT
-    if not keep_B.any():
-        labels_BT = torch.full_like(labels_BT, IGNORE_INDEX)
-        keep_B = torch.arange(len(keep_B), device=keep_B.device) == 0
-    return Batch(
-        batch.input_ids_BT[keep_B],
-        batch.attention_mask_BT[keep_B],
-        labels_BT[keep_B],
-        batch.split_B[keep_B],
-        batch.index_B[keep_B],
-        batch.reference_logps_B[keep_B],
-    )
+    if keep_B.any():
+        return take(batch, keep_B)
+    filler = take(batch, [0])
+    return replace(filler, labels_BT=torch.full_like(filler.labels_BT, IGNORE_INDEX))
+
+
+def take(batch: Batch, rows: Tensor | list[int]) -> Batch:
+    """The rows of these numbers, or where a mask is true."""
+    return replace(batch, **{name: getattr(batch, name)[rows] for name in Batch.__slots__})
+
+
+def supervised_rows(batch: Batch, splits: Sequence[str]) -> list[int]:
+    """Numbers of the rows of `splits` that have labels."""
+    wanted = {SPLITS.index(split) for split in splits}
+    has_labels_B = (batch.labels_BT != IGNORE_INDEX).any(1).tolist()
+    return [b for b, split in enumerate(batch.split_B.tolist()) if split in wanted and has_labels_B[b]]
 
 
 def sampled_loss(engine: Engine, batch: Batch, token_weights: dict[str, float], *, seed: int, update: int) -> Tensor:
@@ -74,7 +79,15 @@ def sampled_loss(engine: Engine, batch: Batch, token_weights: dict[str, float], 
     lengths_B = (batch.labels_BT != IGNORE_INDEX).sum(1)
     uniforms_N = label_uniforms(batch.index_B, lengths_B, seed=seed, update=update, split_B=batch.split_B)
     losses_N = -token_logps(logits_NV, sample_labels(logits_NV.detach(), uniforms_N))
-    return (_row_weights(batch, token_weights, losses_N).sqrt() * losses_N).sum()
+    return (_token_weights(batch, token_weights, losses_N).sqrt() * losses_N).sum()
+
+
+def root_weighted_nll(engine: Engine, batch: Batch, token_weights: dict[str, float]) -> Tensor:
+    """As `sampled_loss`, with the rows' own labels."""
+    with engine.autocast():
+        logits_NV = answer_logits(engine.model, batch)
+    losses_N = -token_logps(logits_NV, batch.targets_N)
+    return (_token_weights(batch, token_weights, losses_N).sqrt() * losses_N).sum()
 
 
 def weighted_nll(engine: Engine, model: nn.Module, batch: Batch, token_weights: dict[str, float]) -> Tensor:
@@ -83,10 +96,10 @@ def weighted_nll(engine: Engine, model: nn.Module, batch: Batch, token_weights: 
     with engine.autocast():
         logits_NV = answer_logits(model, batch)
     losses_N = F.cross_entropy(logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)), batch.targets_N, reduction="none")
-    return (_row_weights(batch, token_weights, losses_N) * losses_N).sum()
+    return (_token_weights(batch, token_weights, losses_N) * losses_N).sum()
 
 
-def _row_weights(batch: Batch, token_weights: dict[str, float], losses_N: Tensor) -> Tensor:
+def _token_weights(batch: Batch, token_weights: dict[str, float], losses_N: Tensor) -> Tensor:
     """The weight of each supervised token, which is its split's."""
     weights_S = torch.tensor([token_weights.get(split, 0.0) for split in SPLITS], dtype=losses_N.dtype, device=losses_N.device)
     return weights_S[batch.split_B][batch.row_N]

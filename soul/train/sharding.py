@@ -1,8 +1,9 @@
-"""From a model's builder to the model in shards (FSDP2's or ZeRO's), with the whole of it in memory nowhere but on rank 0's CPU.
+"""From a model's builder to the model in shards (FSDP2's or ZeRO's), with the whole of it in memory nowhere.
 
 Rank 0 builds the model and sends every rank its skeleton: the pickled module with parameters that have a shape but no storage, and
 everything else (buffers, config, ties between parameters) as it is. Block by block, the skeleton then gets storage on the device,
-rank 0's values, and is cut into shards, so that a device holds its shards and one whole block at a time.
+rank 0's values, and is cut into shards, so that a device holds its shards and one whole block at a time. Rank 0 reads the values from
+their files when it is a block's turn; only a model that is built some other way, or with adapters, is whole on rank 0's CPU meanwhile.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from soul.models.stored import BuildModel, StoredModel
 from soul.records import InputError
-from soul.train.engine import BuildModel
 
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
@@ -38,19 +39,21 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     return list(next(blocks for blocks in lists if num_parameters(blocks) == longest))
 
 
-def share_model(build_model: BuildModel) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+def share_model(build_model: BuildModel) -> tuple[nn.Module, Mapping[str, torch.Tensor]]:
     """The skeleton of the model that `build_model` gives on rank 0, which alone calls it, and there its parameters; {} elsewhere.
 
     Raises:
         InputError: on every rank, if `build_model` raises it.
     """
     source = _build_on_rank_zero(build_model)
+    if isinstance(source, StoredModel):
+        return _share_skeleton(source.skeleton), source.weights
     return _share_skeleton(source), {} if source is None else dict(source.named_parameters())
 
 
 def fill(
     model: nn.Module,
-    values: Mapping[str, nn.Parameter],
+    values: Mapping[str, torch.Tensor],
     *,
     device: torch.device,
     dtype: torch.dtype | None,
@@ -85,9 +88,9 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def _build_on_rank_zero(build_model: BuildModel) -> nn.Module | None:
+def _build_on_rank_zero(build_model: BuildModel) -> nn.Module | StoredModel | None:
     """Rank 0's model; None elsewhere. Rank 0's bad input is every rank's, or the others would wait for a model that never comes."""
-    source: nn.Module | None = None
+    source: nn.Module | StoredModel | None = None
     outcome: list[InputError | None] = [None]
     if dist.get_rank() == 0:
         try:

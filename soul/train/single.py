@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from soul.models.stored import in_memory
 from soul.records import InputError
 from soul.train.engine import BuildModel, BuildOptimizer, EngineConfig, FullEntry, StepInfo, pick_device
 from soul.train.export import export_model
@@ -43,7 +44,7 @@ class SingleEngine:
         self.optimizer: torch.optim.Optimizer
 
     def prepare(self, build_model: BuildModel, build_optimizer: BuildOptimizer) -> None:
-        self.model = store_weights(build_model().to(self.device), self.config.precision)
+        self.model = store_weights(in_memory(build_model()).to(self.device), self.config.precision)
         enable_checkpointing(self.model, self.config)
         self.optimizer = build_optimizer(self.model)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from soul.optim.base import ShardOptimizer, local_shard
 from soul.optim.configs import OptimizerConfig, SophiaConfig, SophiaHConfig
+from soul.optim.one_shot import OneShot
 from soul.optim.rho import RhoController, log_ratio_histogram
 from soul.optim.sophia import SophiaG, SophiaH
 from soul.optim.stats import OptimizerStats
@@ -36,14 +37,15 @@ class Telemetry:
     def before_step(self, step: int) -> None:
         optimizer = self.engine.optimizer
         if isinstance(optimizer, ShardOptimizer):
-            optimizer.collect_stats = self.due(step)
+            optimizer.collect_stats = self.due(step) or (isinstance(optimizer, OneShot) and optimizer.is_last)
 
     def after_step(self, step: int) -> dict[str, Any]:
         """Measure if due, adjust rho; returns the controller's state for the checkpoint."""
-        self._row = self._measure() if self.due(step) else {}
+        optimizer = self.engine.optimizer
+        self._row = self._measure() if self.due(step) or (isinstance(optimizer, OneShot) and optimizer.is_last) else {}
         if self.controller is not None and self.due(step):
-            assert isinstance(self.engine.optimizer, SophiaG)
-            histogram = log_ratio_histogram(self.engine.optimizer).to(self.engine.device)
+            assert isinstance(optimizer, SophiaG)
+            histogram = log_ratio_histogram(optimizer).to(self.engine.device)
             self._set_rho(self.controller.update(self._over_shards(histogram)))
         return {} if self.controller is None else dict(self.controller.state_dict())
 

@@ -74,6 +74,7 @@ def npo_per_sequence(beta: float, *, per_token: bool) -> Callable[[Answers], flo
 # name of the term: (split, unit, weight, the sum in numpy)
 Expected = Mapping[str, tuple[str, str, float, Callable[[Answers], float]]]
 TABLE: list[tuple[str, dict[str, Any], Expected]] = [
+    ("influence", {}, {"forget": ("forget", "tokens", 1.0, ascent), "retain": ("retain", "tokens", 0.0, cross_entropy)}),
     ("ga", {}, {"forget": ("forget", "tokens", 1.0, ascent)}),
     ("grad_diff", {}, {"forget": ("forget", "tokens", 1.0, ascent), "retain": ("retain", "tokens", 1.0, cross_entropy)}),
     (

@@ -9,7 +9,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from soul.optim.configs import OPTIMIZERS, AdamWConfig, OptimizerConfig, SignumConfig, SophiaConfig, SoulReleaseConfig
+from soul.optim.configs import OPTIMIZERS, AdamWConfig, OneShotConfig, OptimizerConfig, SignumConfig, SophiaConfig, SoulReleaseConfig
 from soul.optim.sophia import SophiaG
 
 ADAPTER: TypeAdapter[AdamWConfig | SophiaConfig | SoulReleaseConfig | SignumConfig] = TypeAdapter(OptimizerConfig)
@@ -96,7 +96,7 @@ def test_the_table_the_union_and_the_names_agree(name: str) -> None:
     config = ADAPTER.validate_python({"name": name})
     assert type(config) is OPTIMIZERS[name]
     assert config.name == name
-    assert set(OPTIMIZERS.values()) == set(get_args(get_args(OptimizerConfig)[0]))
+    assert {*OPTIMIZERS.values(), OneShotConfig} == set(get_args(get_args(OptimizerConfig)[0]))
     assert ADAPTER.validate_json(ADAPTER.dump_json(config)) == config
     assert all(field.description for key, field in OPTIMIZERS[name].model_fields.items() if key != "name"), (
         "descriptions are the help texts"
