@@ -297,6 +297,19 @@ def _report(parsed: argparse.Namespace) -> int:
     return DONE
 
 
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    where = "auto or HOST:PORT on the cluster, or the job server's http://HOST:PORT from elsewhere [default: RAY_ADDRESS if set, else auto]"
+    parser.add_argument("--address", metavar="TEXT", default=None, help=where)
+    parser.add_argument("--num-workers", metavar="N", type=int, default=1, help="workers that a run would ask for [default: 1]")
+
+
+def _check(parsed: argparse.Namespace) -> int:
+    from soul.orchestration.survey import survey
+
+    print(survey(parsed.address, num_workers=parsed.num_workers))
+    return DONE
+
+
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     from soul.serving.flags import add_serve_flags
 
@@ -336,6 +349,9 @@ COMMANDS: dict[str, Command] = {
     "score": Command("Metrics of a published evaluation log, as one JSON object.", "LOG [--retrained LOG]", _add_score, _score),
     "resume": Command("Continue an interrupted run.", "RUN", _add_resume, _resume),
     "serve": Command("Answer over HTTP with evaluated models.", "RUN [RUN ...] [FLAGS]", _add_serve, _serve),
+    "check": Command(
+        "See whether a Ray cluster can be joined, and has room for a run.", "[--address TEXT] [--num-workers N]", _add_check, _check
+    ),
     "report": Command("Write the report of one run, or of several side by side.", "RUN [RUN ...] [--output DIR]", _add_report, _report),
 }
 

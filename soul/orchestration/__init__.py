@@ -13,6 +13,7 @@ ENVIRONMENT = {
     "RAY_worker_maximum_startup_concurrency": "8",  # Ray warns of four times as many processes; two arms of a run need ten
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TQDM": "0",
+    "RAY_COLOR_PREFIX": "0",  # what Ray says through the driver would be coloured in a job's log too
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TOKENIZERS_PARALLELISM": "false",

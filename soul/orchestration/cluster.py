@@ -19,6 +19,8 @@ from ray.exceptions import ActorHandleNotFoundError, AuthenticationError, RayTas
 
 from soul.object_store import environment
 from soul.orchestration import ENVIRONMENT
+from soul.orchestration.capacity import capacity
+from soul.orchestration.joining import builds, check_cluster, check_package, make_probe
 from soul.orchestration.parallel import waiting_threads
 from soul.preflight import check_workers
 from soul.records import InputError
@@ -53,7 +55,7 @@ def cluster(address: str | None, *, num_workers: int, verbose: bool) -> Iterator
             else:
                 _join(address or os.environ["RAY_ADDRESS"], verbose)
     try:
-        resources = ray.cluster_resources()
+        resources = capacity()
         check_workers(num_workers, num_cpus=resources.get("CPU", 0), num_gpus=resources.get("GPU", 0), where="the cluster")
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
@@ -125,17 +127,23 @@ def worker_environment() -> dict[str, str]:
 
 
 def _join(address: str, verbose: bool) -> None:
+    place = check_cluster(address)
     # a submitted job's workers have its environment already, and Ray refuses to be told twice
     told = {} if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else environment()
     try:
         ray.init(
-            address=address,
+            address=place,
             runtime_env={"env_vars": told} if told else None,
             log_to_driver=verbose,
             logging_level=logging.INFO if verbose else logging.ERROR,
         )
-    except (ConnectionError, AuthenticationError, ValueError) as error:
+    except (ConnectionError, AuthenticationError, RuntimeError, ValueError) as error:
         raise InputError(
-            f"the Ray cluster at {address} cannot be joined ({type(error).__name__}). Check the address, that its Ray and Python versions "
-            "are this environment's, and the token: RAY_AUTH_MODE=token with the cluster's RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."
+            f"the Ray cluster at {place} answers, but cannot be joined ({type(error).__name__}). A driver needs a Ray node on its own "
+            "machine: run this on one of the cluster's nodes, or submit it with ray job submit."
         ) from error
+    try:
+        check_package(builds(ray.nodes()), make_probe()())
+    except InputError:
+        ray.shutdown()
+        raise

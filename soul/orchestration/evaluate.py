@@ -24,6 +24,7 @@ from soul.evaluate.evaluator import Evaluation, finish, positions
 from soul.evaluate.generate import stop_ids
 from soul.evaluate.plan import EvalPlan, ItemResult, WorkItem, plan_evaluation, run_item
 from soul.models.load import load_model, load_tokenizer
+from soul.orchestration.capacity import gpus_per_task
 from soul.orchestration.data import Sources
 from soul.orchestration.progress import Display
 from soul.rundir import digest, write_atomically, write_json
@@ -94,7 +95,7 @@ class Judge:
         """Share the items out over `num_tasks` examiners."""
         given = self.config.model
         precision = self.config.precision if isinstance(self.config, EvaluateConfig) else self.config.engine.precision
-        gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+        gpus = gpus_per_task()
         actor: Any = Examiner.options(num_cpus=1, num_gpus=gpus)  # type: ignore[attr-defined]
         count = min(self.num_tasks, len(items))
         examiners = [actor.remote(place_of(model), given.revision, given.trust_remote_code, precision) for _ in range(count)]

@@ -5,13 +5,11 @@ Every stage leaves a marker; running the same command again continues where the 
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import ray
 from rich.console import Console
 
 from soul.config import Config, EvaluateConfig
@@ -20,6 +18,7 @@ from soul.evaluate.score import score_log
 from soul.models.load import load_tokenizer
 from soul.objectives.methods import TITLES
 from soul.orchestration.arm import unlearn
+from soul.orchestration.capacity import room_for
 from soul.orchestration.checks import check_local_workers, check_model, check_run
 from soul.orchestration.claim import check_claim, claim, is_done, mark_done, run_dir
 from soul.orchestration.cluster import cluster
@@ -77,14 +76,14 @@ def run(config: Config) -> Path:
 def _work(config: Config, arms: Sequence[Config], sources: Sources, start: str, given: Prepared | EvalLog | None, display: Display) -> None:
     """Everything that costs time, from token stores to reports."""
     with cluster(config.address, num_workers=config.engine.num_workers, verbose=config.verbose), display.live():
-        slots = _slots(config.engine.num_workers)
+        slots = room_for(config.engine.num_workers)
         stores = _stores(config, sources, start)
         prepared = _prepare(config, start, stores, display)
         if isinstance(given, Prepared):
             prepared["retrained"] = given
         trained = run_together([partial(unlearn, arm, prepared["target"], stores, display) for arm in arms], slots=slots)
         judge = Judge(config, sources, display)
-        judged = run_together([*_judge_prepared(judge, config, prepared), *_judge_arms(judge, arms)], slots=_slots(1))
+        judged = run_together([*_judge_prepared(judge, config, prepared), *_judge_arms(judge, arms)], slots=room_for(1))
     standards, unlearned = judged[: len(prepared)], judged[len(prepared) :]
     made = dict(zip(prepared, standards, strict=True)).get("retrained")
     retrained = made.log if made is not None else given if isinstance(given, EvalLog) else None
@@ -166,16 +165,6 @@ def evaluate_folder(config: EvaluateConfig) -> Path:
     return run.path
 
 
-def _slots(num_workers: int) -> int:
-    """How many jobs of so many workers fit side by side."""
-    resources = ray.cluster_resources()
-    gpus = int(resources.get("GPU", 0))
-    if gpus:
-        return max(1, gpus // num_workers)
-    physical = os.cpu_count() or 1
-    return max(1, min(physical, int(resources.get("CPU", 1))) // num_workers)
-
-
 def _stores(config: Config, sources: Sources, start: str) -> dict[str, Path]:
     settings = token_settings(config.data, config.model, start)
     wanted = {"forget", "retain", *trained_splits(config)} | ({"real_authors", "world_facts"} & set(sources.rows))
@@ -188,5 +177,5 @@ def _prepare(config: Config, start: str, stores: Mapping[str, Path], display: Di
         return {"target": given_model(start)}
     kinds = ("target", "retrained") if config.makes_retrained else ("target",)
     make = partial(prepared_model, config, start=start, stores=stores, cache=cache_of(config), display=display)
-    made = run_together([partial(make, kind) for kind in kinds], slots=_slots(preparing_engine(config).num_workers))
+    made = run_together([partial(make, kind) for kind in kinds], slots=room_for(preparing_engine(config).num_workers))
     return dict(zip(kinds, made, strict=True))

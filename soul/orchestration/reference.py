@@ -16,6 +16,7 @@ from soul.batch import collate
 from soul.data.store import TokenStore
 from soul.models.load import load_model
 from soul.models.scoring import answer_logps
+from soul.orchestration.capacity import gpus_per_task
 from soul.rundir import digest
 from soul.store import local, place_of, pull_file, push
 
@@ -58,7 +59,7 @@ def reference_logps(model: str, store: Path, *, cache: Path, revision: str | Non
         return path
     num_rows = len(TokenStore.open(store))
     num_batches = -(-num_rows // ROWS_PER_BATCH)
-    gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+    gpus = gpus_per_task()
     batches = ray.data.from_items([{"batch": i} for i in range(num_batches)], override_num_blocks=min(num_batches, 4))
     scored = batches.map_batches(
         ScoreRows(place_of(model), place_of(store), revision, trust_remote_code), batch_size=None, num_cpus=1, num_gpus=gpus

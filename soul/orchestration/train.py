@@ -21,6 +21,7 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig
 from ray.train.torch import TorchConfig
 
 from soul.orchestration.board import Board
+from soul.orchestration.capacity import capacity
 from soul.orchestration.parallel import run_beside
 from soul.orchestration.stream import ray_steps
 from soul.records import InputError
@@ -119,7 +120,7 @@ def fit(job: TrainJob, *, name: str, on_progress: OnProgress | None = None) -> J
     """
     engine = job.engine
     least = engine.min_workers or engine.num_workers
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= least
+    use_gpu = capacity().get("GPU", 0) >= least
     threads = max(1, (torch.get_num_threads() if engine.num_workers == 1 else 1)) if use_gpu else 1
     trainer = TorchTrainer(
         train_worker,

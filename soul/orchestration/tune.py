@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import tune
 from ray.tune import Callback, ResultGrid
 from ray.tune.logger import JsonLoggerCallback, TBXLoggerCallback
@@ -23,6 +22,7 @@ from soul.benchmarks.grid import Trial
 from soul.benchmarks.outcomes import CRASHED, MARK_KEY, STOPPED, reference_folder
 from soul.config import Config
 from soul.grid_config import GridConfig
+from soul.orchestration.capacity import gpus_per_task, room_for
 from soul.orchestration.checks import check_local_workers, check_model, check_run
 from soul.orchestration.claim import check_claim, check_local, claim, is_done, run_dir
 from soul.orchestration.cluster import cluster
@@ -119,16 +119,6 @@ def _keep_references(output: Path, model: str, item: Planned, display: Display) 
             write_logs(log, folder)
 
 
-def room_for(num_workers: int) -> int:
-    """How many jobs of so many workers the cluster can hold at once. CPUs of a local Ray are logical: the real ones count."""
-    resources = ray.cluster_resources()
-    if gpus := int(resources.get("GPU", 0)):
-        return max(1, gpus // num_workers)
-    cpus = int(resources.get("CPU", 1))
-    alone = len([node for node in ray.nodes() if node["Alive"]]) == 1
-    return max(1, (min(cpus, os.cpu_count() or 1) if alone else cpus) // num_workers)
-
-
 def _is_undone(item: Planned, view: Shared) -> bool:
     run = run_dir(item.config)
     return not is_done(item.config, view.inputs(item.config)) and failure_of(run) is None and stopped_at(run) is None
@@ -138,7 +128,7 @@ def _search(config: GridConfig, planned: Sequence[Planned], display: Display, *,
     isolated = planned[0].isolated
     # A Ray Train run's workers take CPUs of their own: a trial that held even a hundredth of one would wait for ever where they need all.
     needs = {"memory": 2.0**20} if isolated else {"CPU": 1.0}
-    if ray.cluster_resources().get("GPU", 0) and not isolated:
+    if not isolated and gpus_per_task():
         needs["GPU"] = 1.0
     folder = Path(config.output).resolve() / "tune"
     folder.mkdir(parents=True, exist_ok=True)

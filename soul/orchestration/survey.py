@@ -1,0 +1,43 @@
+"""What `soul check` says of a cluster: the checks with which every run joins one, and what it has."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import ray
+
+from soul.orchestration.capacity import capacity
+from soul.orchestration.cluster import cluster
+from soul.orchestration.joining import check_job_server, is_job_server, make_probe, this_environment
+from soul.records import InputError
+
+
+def survey(address: str | None, *, num_workers: int) -> str:
+    """The lines of a cluster that a run of `num_workers` could use.
+
+    Raises:
+        InputError: what such a run would stop with.
+    """
+    if num_workers < 1:
+        raise InputError(f"--num-workers must be at least 1, got {num_workers}.")
+    place = address or os.environ.get("RAY_ADDRESS") or "auto"
+    if is_job_server(place):
+        versions = check_job_server(place)
+        return (
+            _table({"job server": place, **versions, "token": "accepted"})
+            + "\nwhat it has: run soul check on the cluster, as a job or on its head"
+        )
+    with cluster(place, num_workers=num_workers, verbose=False):
+        has, most = ray.cluster_resources(), capacity()
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        rows = {"cluster": ray.get_runtime_context().gcs_address, **this_environment(), "soul": make_probe()(), "nodes": str(len(nodes))}
+        return _table({**rows, **{f"{kind}s": _amount(has.get(kind, 0), most.get(kind, 0)) for kind in ("CPU", "GPU")}})
+
+
+def _amount(has: float, most: float) -> str:
+    return f"{has:g}, with the autoscaler up to {most:g}" if most > has else f"{has:g}"
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    return "\n".join(f"{name:<12}{value}" for name, value in rows.items())
