@@ -149,8 +149,8 @@ def _between(ends: tuple[float, float], share: float) -> float:
 
 
 def trials_of(cells: Mapping[Cell, Iterable[Choice]], *, seeds: int, first_seed: int = 0) -> Iterator[Trial]:
-    """Seed by seed, so that an interrupted grid has something of every cell."""
+    """Seed by seed and choice by choice, so that an interrupted grid has tried about as much in every cell."""
     listed = {cell: list(choices) for cell, choices in cells.items()}
     for seed in range(first_seed, first_seed + seeds):
-        for cell, choices in listed.items():
-            yield from (Trial(cell, choice, seed) for choice in choices)
+        for number in range(max(map(len, listed.values()), default=0)):
+            yield from (Trial(cell, choices[number], seed) for cell, choices in listed.items() if number < len(choices))

@@ -61,6 +61,9 @@ def _limits(table: Table) -> Iterator[str]:
             f"{intervals} differences with a 95 % interval: about {0.05 * intervals:.1g} of them would leave zero out by chance. "
             "Seeds vary data order and sampled labels; target and forget set are the same, so nothing is said about others."
         )
+    outcomes = [outcome for row in table.rows for outcome in row.outcomes]
+    if missing := sum(outcome.state == "missing" for outcome in outcomes):
+        yield f"{missing} of {len(outcomes)} trials have not run yet: until they have, the cells' budgets are not equal."
     if table.edges:
         names = ", ".join(
             f"{cell_title(row, table)} ({', '.join(f'{edge} {name}' for name, edge in row.edges.items())})" for row in table.edges

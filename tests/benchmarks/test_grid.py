@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,16 @@ def test_different_settings_have_different_names_and_every_name_is_a_file_name()
 def test_seeds_come_in_rounds() -> None:
     seeds = [trial.seed for trial in equal(seeds=3, trials=2).all_trials()]
     assert seeds == sorted(seeds) and seeds.count(0) == 16 * 2
+
+
+def test_an_interrupted_grid_has_tried_as_much_in_every_cell() -> None:
+    trials = equal(seeds=1, trials=8).all_trials()
+    for done in (1, 15, 16, 50, len(trials)):
+        counts = Counter(trial.cell for trial in trials[:done])
+        tried = [
+            counts[cell] for cell in cells_of(("tiny",), ("ga", "grad_diff", "po", "npo"), ("adamw", "sophia", "soul_release", "signum"))
+        ]
+        assert max(tried) - min(tried) <= 1 and sum(tried) == done
 
 
 def test_a_method_without_a_retain_term_has_no_retain_weight() -> None:
