@@ -66,7 +66,7 @@ def _rays_own(document: Mapping[str, Any]) -> Iterator[str]:
             validate_config(prepare_config({**document, "file_mounts": {}}))  # it warns of every mount that is a file
     except jsonschema.ValidationError as error:
         yield f"{error.json_path.removeprefix('$.')}: {error.message}"
-    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         yield f"Ray's launcher: {error}"
 
 
