@@ -5,14 +5,16 @@ It opens the data to count rows; the model is counted from its config on the met
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import yaml
 
 from soul.config import Config
 from soul.data.columns import ColumnMap
-from soul.plan import ModelShape, Plan, plan_run, shape_of, tiny_shape
+from soul.plan import Machine, ModelShape, Plan, plan_run, shape_of, shortages, tiny_shape
 from soul.records import InputError
 from soul.report.numbers import memory
 from soul.store import local
@@ -57,7 +59,22 @@ def dry_run(config: Config) -> str:
         lines = [(item.name, memory(item.num_bytes) + (" in CPU memory" if item.on_cpu else "")) for item in plan.memory]
         lines += [("together", memory(plan.memory_bytes)), ("one checkpoint on disk", memory(plan.checkpoint_bytes))]
         sections += table(title, [("parameters", f"{shape.num_params:,}"), *lines])
-    return "\n".join([*sections, *(f"# warning: {text}" for text in config.warnings())])
+    warnings = list(config.warnings())
+    if config.address is None:  # nobody knows the machines of a cluster before it is joined
+        warnings += shortages(plan, this_machine(), num_workers=config.engine.num_workers)
+    return "\n".join([*sections, *(f"# warning: {text}" for text in warnings)])
+
+
+def this_machine() -> Machine:
+    """Memory of the machine this runs on, or of the container, and of its smallest GPU."""
+    import torch
+
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        host = min(host, int(text))
+    gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+    return Machine(host, min(gpus, default=0))
 
 
 def count_rows(config: Config) -> Rows:

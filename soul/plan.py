@@ -2,7 +2,8 @@
 
 The memory model is the one of the project's notes on sharding (section 7). Letters: N parameters, B of them in one decoder block,
 R outside the blocks, L blocks, d width, f MLP width, V vocabulary, T tokens in a micro-batch, W workers, s optimizer states,
-c bytes of a number in computation (4, or 2 in bf16).
+c bytes of a number in computation (4, or 2 in bf16). With adapters N grows by theirs, and gradients, states and ZeRO's fp32 weights are
+the adapters' alone.
 
     single, ddp    weights 4 N + gradients 4 N + states 4 s N; in bf16 autocast's copy of the weights 2 N.
                    DDP's buckets are views of the gradients.
@@ -19,7 +20,8 @@ c bytes of a number in computation (4, or 2 in bf16).
                    their product (3 f). With gradient checkpointing c T d per block and one block in full.
     logits         T V (c + 4 + 4): logits, their fp32 copy, its gradient. Every token counted as supervised: an upper bound.
 
-The curvature pass reuses the gradients' memory, and reference log-probabilities are one number a row: no second model.
+The curvature pass reuses the gradients' memory, and reference log-probabilities are one number a row: no second model. Hutchinson's
+holds probe, gradient, product and their sum, 16 N, and as many activations again for the second derivative.
 """
 
 from __future__ import annotations
@@ -28,11 +30,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from soul.config import Config
 from soul.data.pairing import PairedPlan
 from soul.models.tiny import TinyConfig
 from soul.objectives.methods import needs_reference, streamed_splits
+from soul.report.numbers import memory
 from soul.train.config import TrainConfig
 from soul.train.curvature import hessian_splits
 from soul.train.deepspeed import BUCKET, MAX_LIVE, SUB_GROUP
@@ -42,6 +46,11 @@ from soul.train.sharding import decoder_blocks
 FP32 = 4
 COMPUTE_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "pure_bf16": 2}
 REFERENCE_BYTES = 8
+LINEAR = (nn.Linear, Conv1D)
+REMEDIES = (
+    "Shard over more workers (--engine fsdp), recompute activations (--gradient-checkpointing), lower --micro-batch-size, train adapters "
+    "(--lora-rank) or use --offload."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +63,15 @@ class ModelShape:
     hidden_size: int
     intermediate_size: int
     vocab_size: int
+    block_linear_width: int = 0
+    """Inputs plus outputs of a block's linear layers: what an adapter of rank one adds."""
 
     @property
     def root_params(self) -> int:
         return self.num_params - self.num_blocks * self.block_params
+
+    def adapter_params(self, rank: int) -> int:
+        return self.num_blocks * self.block_linear_width * rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +97,12 @@ class Plan:
     warmup_steps: int
     curvature_updates: int
     curvature_cost: float
-    """Forward and backward passes of curvature updates as a share of the steps' own."""
+    """Forward and backward passes of curvature updates as a share of the steps' own; a second derivative counts as another pass."""
     checkpoints: int
     checkpoint_bytes: int
-    """Of one resumable checkpoint: weights and optimizer state. 0 without a shape."""
+    """Of one resumable checkpoint: trained weights and optimizer state. 0 without a shape."""
+    model_bytes: int
+    """Of the whole model in fp32. 0 without a shape."""
     memory: tuple[MemoryItem, ...]
     """Of one worker while it trains. Empty without a shape."""
 
@@ -98,8 +114,7 @@ class Plan:
     def disk_bytes(self, config: Config) -> int:
         """What the run directory needs at its fullest: the checkpoints that are kept, the one being written, the exported model."""
         kept = min(config.train.keep_checkpoints + 1, self.checkpoints)
-        weights = self.checkpoint_bytes // (1 + config.optimizer.state_tensors)
-        return kept * self.checkpoint_bytes + (weights // 2 if config.model.export_dtype == "bf16" else weights)
+        return kept * self.checkpoint_bytes + (self.model_bytes // 2 if config.model.export_dtype == "bf16" else self.model_bytes)
 
 
 def shape_of(model: nn.Module, *, hidden_size: int, intermediate_size: int, vocab_size: int) -> ModelShape:
@@ -112,6 +127,7 @@ def shape_of(model: nn.Module, *, hidden_size: int, intermediate_size: int, voca
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         vocab_size=vocab_size,
+        block_linear_width=sum(sum(module.weight.shape) for module in blocks[0].modules() if isinstance(module, LINEAR)),
     )
 
 
@@ -120,7 +136,8 @@ def tiny_shape(config: TinyConfig) -> ModelShape:
     width, inner = config.hidden_size, config.intermediate_size
     block = 4 * width**2 + 3 * width * inner + 2 * width
     total = config.num_layers * block + config.vocab_size * width + width
-    return ModelShape(total, config.num_layers, block, width, inner, config.vocab_size)
+    linear_width = 4 * (2 * width) + 3 * (width + inner)
+    return ModelShape(total, config.num_layers, block, width, inner, config.vocab_size, linear_width)
 
 
 def plan_run(config: Config, *, num_forget: int, num_retain: int, shape: ModelShape | None, max_length: int) -> Plan:
@@ -150,9 +167,10 @@ def plan_run(config: Config, *, num_forget: int, num_retain: int, shape: ModelSh
         total_steps=total,
         warmup_steps=max(1, int(train.warmup_fraction * total)) if train.warmup_fraction > 0 else 0,
         curvature_updates=updates,
-        curvature_cost=updates * share / total,
+        curvature_cost=updates * share * (2 if config.optimizer.estimator == "hutchinson" else 1) / total,
         checkpoints=_num_checkpoints(train, total, paired.steps_per_epoch),
-        checkpoint_bytes=0 if shape is None else FP32 * shape.num_params * (1 + config.optimizer.state_tensors),
+        checkpoint_bytes=0 if shape is None else FP32 * _sizes(config, shape)[1] * (1 + config.optimizer.state_tensors),
+        model_bytes=0 if shape is None else FP32 * shape.num_params,
         memory=() if shape is None else memory_per_worker(config, shape, tokens=tokens, num_forget=num_forget),
     )
 
@@ -164,56 +182,93 @@ def memory_per_worker(config: Config, shape: ModelShape, *, tokens: int, num_for
     width, inner, blocks = shape.hidden_size, shape.intermediate_size, shape.num_blocks
     one_block = compute * tokens * (8 * width + 3 * inner)
     saved = blocks * compute * tokens * width + one_block if engine.gradient_checkpointing else blocks * one_block
-    items = [
-        *(_zero_items if engine.name == "deepspeed" else _own_items)(engine, shape, num_states=config.optimizer.state_tensors),
-        MemoryItem("activations", saved),
-        MemoryItem("logits (at most)", tokens * shape.vocab_size * (compute + 2 * FP32)),
-    ]
+    total, trained = _sizes(config, shape)
+    states = config.optimizer.state_tensors
+    if engine.name == "deepspeed":
+        items = _zero_items(engine, total=total, trained=trained, num_states=states)
+    else:
+        items = _own_items(engine, shape, total=total, trained=trained, num_states=states)
+    items += [MemoryItem("activations", saved), MemoryItem("logits (at most)", tokens * shape.vocab_size * (compute + 2 * FP32))]
+    if config.optimizer.estimator == "hutchinson":
+        items.append(MemoryItem("Hessian product", 4 * FP32 * trained + saved))
     if needs_reference(config.method):
         items.append(MemoryItem("reference log-probabilities", REFERENCE_BYTES * num_forget))
     return tuple(items)
 
 
-def _own_items(engine: EngineConfig, shape: ModelShape, *, num_states: int) -> list[MemoryItem]:
+def _sizes(config: Config, shape: ModelShape) -> tuple[int, int]:
+    """Parameters, and how many of them are trained."""
+    if config.train.lora_rank is None:
+        return shape.num_params, shape.num_params
+    adapters = shape.adapter_params(config.train.lora_rank)
+    return shape.num_params + adapters, adapters
+
+
+def _own_items(engine: EngineConfig, shape: ModelShape, *, total: int, trained: int, num_states: int) -> list[MemoryItem]:
     """Weights, gradients and states of single, ddp and fsdp."""
     sharded = engine.name == "fsdp"
     compute = COMPUTE_BYTES[engine.precision]
-    own = -(-shape.num_params // engine.num_workers) if sharded else shape.num_params
+    parts = engine.num_workers if sharded else 1
+    own, own_trained = -(-total // parts), -(-trained // parts)
     on_cpu = engine.offload is not None
     stored, kind = (2, "bf16") if engine.precision == "pure_bf16" else (FP32, "fp32")
     items = [
         MemoryItem(f"weights ({kind})", stored * own, on_cpu),
-        MemoryItem(f"gradients ({kind})", stored * own, on_cpu),
-        MemoryItem(f"optimizer state ({num_states} x fp32)", FP32 * own * num_states, on_cpu),
+        MemoryItem(f"gradients ({kind})", stored * own_trained, on_cpu),
+        MemoryItem(f"optimizer state ({num_states} x fp32)", FP32 * own_trained * num_states, on_cpu),
     ]
     if sharded:
         items.append(MemoryItem("unsharded for a moment", 2 * compute * shape.root_params + (3 * compute + FP32) * shape.block_params))
     elif engine.precision == "bf16":
-        items.append(MemoryItem("bf16 copy of the weights", compute * shape.num_params))
+        items.append(MemoryItem("bf16 copy of the weights", compute * total))
     return items
 
 
-def _zero_items(engine: EngineConfig, shape: ModelShape, *, num_states: int) -> list[MemoryItem]:
+def _zero_items(engine: EngineConfig, *, total: int, trained: int, num_states: int) -> list[MemoryItem]:
     """Weights, gradients and states of ZeRO."""
     compute, stage = COMPUTE_BYTES[engine.precision], engine.stage
-    whole, own = shape.num_params, -(-shape.num_params // engine.num_workers)
+    own, own_trained = -(-total // engine.num_workers), -(-trained // engine.num_workers)
     off_states, off_weights = engine.offload is not None, engine.offload == "all"
     items = [
-        MemoryItem(f"weights ({engine.precision})", compute * (own if stage == 3 else whole), off_weights),
-        MemoryItem("weights (fp32)", FP32 * own, off_states),
-        MemoryItem(f"optimizer state ({num_states} x fp32)", FP32 * own * num_states, off_states),
+        MemoryItem(f"weights ({engine.precision})", compute * (own if stage == 3 else total), off_weights),
+        MemoryItem("master weights (fp32)", FP32 * own_trained, off_states),
+        MemoryItem(f"optimizer state ({num_states} x fp32)", FP32 * own_trained * num_states, off_states),
     ]
     if stage == 1:
-        items.append(MemoryItem("gradients", compute * whole))
-        summed = FP32 * (own if engine.precision == "fp32" else whole)
+        items.append(MemoryItem("gradients", compute * trained))
+        summed = FP32 * (own_trained if engine.precision == "fp32" else trained)
         items.append(MemoryItem("gradients (fp32), summed", summed, off_states))
         return items
-    items.append(MemoryItem("gradients (fp32)", FP32 * own, off_states))
-    items.append(MemoryItem("gradients of a step", FP32 * (own if stage == 2 else min(own, SUB_GROUP)), off_states))
+    items.append(MemoryItem("gradients (fp32)", FP32 * own_trained, off_states))
+    items.append(MemoryItem("gradients of a step", FP32 * (own_trained if stage == 2 else min(own_trained, SUB_GROUP)), off_states))
     items.append(MemoryItem("buckets", 2 * compute * BUCKET))
     if stage == 3:
-        items.append(MemoryItem("unsharded for a moment", compute * min(whole, MAX_LIVE)))
+        items.append(MemoryItem("unsharded for a moment", compute * min(total, MAX_LIVE)))
     return items
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Memory of one machine. `gpu_bytes`: of its smallest GPU, 0 where there is none."""
+
+    host_bytes: int
+    gpu_bytes: int = 0
+
+
+def shortages(plan: Plan, machine: Machine, *, num_workers: int) -> list[str]:
+    """What of `num_workers` workers on one machine will not fit, and what to do; empty if all fits, or the shape is unknown."""
+    on_cpu = sum(item.num_bytes for item in plan.memory if item.on_cpu)
+    found = []
+    if machine.gpu_bytes and plan.memory_bytes > machine.gpu_bytes:
+        found.append(f"a worker needs about {memory(plan.memory_bytes)}, its GPU has {memory(machine.gpu_bytes)}. {REMEDIES}")
+    host = num_workers * (on_cpu if machine.gpu_bytes else on_cpu + plan.memory_bytes)
+    if host > machine.host_bytes:
+        what = "of offloaded memory " if machine.gpu_bytes else ""
+        found.append(
+            f"{num_workers} worker(s) need about {memory(host)} {what}together, this machine has {memory(machine.host_bytes)}. "
+            + ("Use more machines or GPUs without --offload." if machine.gpu_bytes else REMEDIES)
+        )
+    return found
 
 
 def _padded(length: int, multiple: int = 8) -> int:

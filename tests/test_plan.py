@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -14,13 +15,13 @@ from soul.data.pairing import PairedPlan
 from soul.dry_run import dry_run, model_shape
 from soul.models.tiny import TinyConfig, tiny_model, tiny_tokenizer
 from soul.optim.configs import OPTIMIZERS
-from soul.plan import ModelShape, Plan, plan_run, shape_of, tiny_shape
+from soul.plan import Machine, ModelShape, Plan, plan_run, shape_of, shortages, tiny_shape
 from soul.preflight import check_disk, check_output, check_workers, preflight
 from soul.records import InputError
 
 GIB = 2**30
 # Llama-2-7B: 32 blocks of 202,383,360, two embeddings of 32,000 x 4,096 and a norm
-SEVEN_B = ModelShape(6_738_415_616, 32, 202_383_360, 4096, 11008, 32000)
+SEVEN_B = ModelShape(6_738_415_616, 32, 202_383_360, 4096, 11008, 32000, 78_080)
 
 
 def plan(
@@ -32,7 +33,7 @@ def plan(
 def seven_b(engine: dict[str, Any], **values: Any) -> Plan:
     """4,096 tokens a GPU: four pairs of rows of 512 tokens, with checkpointing, as in the notes."""
     engine = {"gradient_checkpointing": True, "precision": "bf16", **engine}
-    train = {"batch_size": 4 * engine.get("num_workers", 1), "micro_batch_size": 4}
+    train = {"batch_size": 4 * engine.get("num_workers", 1), "micro_batch_size": 4, **values.pop("train", {})}
     return plan({"engine": engine, "train": train, **values}, num_forget=400, num_retain=3600, max_length=512, shape=SEVEN_B)
 
 
@@ -138,6 +139,53 @@ def test_memory_follows_its_causes() -> None:
     assert kept == 32 * block - (32 * 2 * 4096 * 4096 + block)
     full = {item.name: item.num_bytes for item in seven_b({"name": "single", "precision": "fp32"}).memory}
     assert "bf16 copy of the weights" not in full and full["logits (at most)"] == 4096 * 32000 * 12
+
+
+def items(made: Plan) -> dict[str, int]:
+    return {item.name: item.num_bytes for item in made.memory}
+
+
+def test_adapters_leave_weights_and_little_else() -> None:
+    """Rank 16 on the seven linear layers of a block: 78,080 inputs and outputs."""
+    adapters = 32 * 78_080 * 16
+    for engine, parts in (({"name": "single"}, 1), ({"name": "fsdp", "num_workers": 4}, 4)):
+        made = items(seven_b({**engine, "precision": "fp32"}, train={"lora_rank": 16}))
+        assert made["weights (fp32)"] == 4 * (SEVEN_B.num_params + adapters) // parts
+        assert made["gradients (fp32)"] == 4 * adapters // parts
+        assert made["optimizer state (2 x fp32)"] == 8 * adapters // parts
+    zero = items(seven_b({"name": "deepspeed", "zero_stage": 1, "num_workers": 2, "precision": "fp32"}, train={"lora_rank": 16}))
+    assert zero["weights (fp32)"] == 4 * (SEVEN_B.num_params + adapters) and zero["master weights (fp32)"] == 4 * adapters // 2
+    made = seven_b({"name": "single"}, train={"lora_rank": 16})
+    assert (made.checkpoint_bytes, made.model_bytes) == (12 * adapters, 4 * SEVEN_B.num_params)
+
+
+def test_a_hessian_product_has_its_price() -> None:
+    first, second = (seven_b({"name": "single"}, optimizer=name) for name in ("sophia", "sophia_h"))
+    extra = items(second)["Hessian product"]
+    assert extra == second.memory_bytes - first.memory_bytes == 16 * SEVEN_B.num_params + items(first)["activations"]
+    assert first.curvature_updates == second.curvature_updates and second.curvature_cost == 2 * first.curvature_cost
+
+
+def test_what_does_not_fit_is_said() -> None:
+    on_gpu = seven_b({"name": "fsdp", "num_workers": 4})  # 30.7 GiB a worker
+    assert shortages(on_gpu, Machine(500 * GIB, 40 * GIB), num_workers=4) == []
+    [line] = shortages(on_gpu, Machine(500 * GIB, 24 * GIB), num_workers=4)
+    assert re.search(r"a worker needs about 30\.\d.GiB, its GPU has 24\.0.GiB\. .*--engine fsdp.*--gradient-checkpointing", line)
+    [line] = shortages(on_gpu, Machine(64 * GIB), num_workers=4)
+    assert re.search(r"4 worker\(s\) need about 12\d\.\d.GiB together, this machine has 64\.0.GiB", line)
+    offloaded = seven_b({"name": "fsdp", "num_workers": 4, "offload": "all"})  # 16 N bytes in CPU memory over the workers
+    assert shortages(offloaded, Machine(120 * GIB, 24 * GIB), num_workers=4) == []
+    [line] = shortages(offloaded, Machine(64 * GIB, 24 * GIB), num_workers=4)
+    assert re.search(r"4 worker\(s\) need about 100\.\d.GiB of offloaded memory together", line)
+    assert shortages(plan({}), Machine(1, 1), num_workers=1) == [], "a shape that is not known"
+
+
+def test_a_dry_run_warns_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"data": {"num_authors": 20}, "output": str(tmp_path)}
+    assert "worker(s) need about" not in dry_run(Config.model_validate(values))
+    monkeypatch.setattr("soul.dry_run.this_machine", lambda: Machine(2**20))
+    assert "# warning: 1 worker(s) need about" in dry_run(Config.model_validate(values))
+    assert "worker(s) need about" not in dry_run(Config.model_validate({**values, "address": "ray://elsewhere:10001"}))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
