@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -214,17 +215,35 @@ def builds(nodes: Iterable[Mapping[str, Any]], *, timeout_s: float = PROBE_SECON
     return answers
 
 
-def check_job_server(url: str) -> dict[str, str]:
-    """The versions that the job server of `ray job submit --address URL` has.
+@dataclass(frozen=True)
+class JobServer:
+    """What a job server says of itself and of its living nodes."""
+
+    versions: Mapping[str, str]
+    nodes: int
+    resources: Mapping[str, float]
+
+
+def check_job_server(url: str) -> JobServer:
+    """What `ray job submit --address URL` would speak with.
 
     Raises:
         InputError: it cannot be reached, refuses our token, is something else, or runs another Ray.
     """
     check_token()
-    request = urllib.request.Request(f"{url.rstrip('/')}/api/version", headers=get_auth_headers_if_auth_enabled({}))
+    versions = {"Ray": str(_asked(url, "/api/version").get("ray_version", "unknown"))}
+    check_versions(versions, this_environment(), where=f"the job server at {url}")
+    nodes = [node["raylet"] for node in _asked(url, "/nodes?view=summary")["data"]["summary"]]
+    totals = [node.get("resourcesTotal", {}) for node in nodes if node.get("state") == "ALIVE"]
+    return JobServer(versions, len(totals), {kind: sum(total.get(kind, 0.0) for total in totals) for kind in ("CPU", "GPU")})
+
+
+def _asked(url: str, path: str) -> dict[str, Any]:
+    request = urllib.request.Request(url.rstrip("/") + path, headers=get_auth_headers_if_auth_enabled({}))
     try:
         with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
-            versions = {"Ray": str(json.load(answer)["ray_version"])}
+            told: dict[str, Any] = json.load(answer)
+            return told
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             fault = "wants a token" if error.code == 401 else "refuses this environment's token"
@@ -232,11 +251,9 @@ def check_job_server(url: str) -> dict[str, str]:
         raise InputError(
             f"{url} is no job server of Ray (HTTP {error.code}). Expected the dashboard's address, port 8265 unless chosen."
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or type(error).__name__
         raise InputError(
             f"the job server at {url} cannot be reached ({reason}). It listens on the head's loopback: open a tunnel with ray dashboard or "
             "kubectl port-forward, and use http://127.0.0.1:8265."
         ) from error
-    check_versions(versions, this_environment(), where=f"the job server at {url}")
-    return versions

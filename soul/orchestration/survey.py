@@ -23,10 +23,14 @@ def survey(address: str | None, *, num_workers: int) -> str:
         raise InputError(f"--num-workers must be at least 1, got {num_workers}.")
     place = address or os.environ.get("RAY_ADDRESS") or "auto"
     if is_job_server(place):
-        versions = check_job_server(place)
+        server = check_job_server(place)
+        sizes = {f"{kind}s": f"{amount:g}" for kind, amount in server.resources.items()}
+        shown = _table({"job server": place, **server.versions, "token": "accepted", "nodes": str(server.nodes), **sizes})
+        enough = num_workers <= (server.resources["GPU"] or server.resources["CPU"])
         return (
-            _table({"job server": place, **versions, "token": "accepted"})
-            + "\nwhat it has: run soul check on the cluster, as a job or on its head"
+            shown
+            if enough
+            else f"{shown}\n{num_workers} workers do not fit into that: a run stops at its start, unless an autoscaler can add the rest"
         )
     with cluster(place, num_workers=num_workers, verbose=False):
         has, most = ray.cluster_resources(), capacity()
