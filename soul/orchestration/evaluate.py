@@ -96,7 +96,8 @@ class Judge:
         given = self.config.model
         precision = self.config.precision if isinstance(self.config, EvaluateConfig) else self.config.engine.precision
         gpus = gpus_per_task()
-        actor: Any = Examiner.options(num_cpus=1, num_gpus=gpus)  # type: ignore[attr-defined]
+        # from inside a trial of a grid, too, it finds its place on the cluster: the trial's own group holds none for it
+        actor: Any = Examiner.options(num_cpus=1, num_gpus=gpus, scheduling_strategy="DEFAULT")  # type: ignore[attr-defined]
         count = min(self.num_tasks, len(items))
         examiners = [actor.remote(place_of(model), given.revision, given.trust_remote_code, precision) for _ in range(count)]
         try:
