@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pydantic import ValidationError
 
 from soul.records import InputError
+from soul.store import checkout, is_uri, path_of, place_of
 
 if TYPE_CHECKING:
     from soul.config import Config
@@ -164,7 +165,7 @@ def _run(parsed: argparse.Namespace) -> int:
     from soul.orchestration import pipeline
 
     with _resumable(config.output):
-        print(pipeline.run(config))
+        print(place_of(pipeline.run(config)))
     return DONE
 
 
@@ -245,7 +246,7 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     config = load_settings(EvaluateConfig, parsed.config, overrides, labels=labels)
     from soul.orchestration import pipeline
 
-    print(pipeline.evaluate_folder(config))
+    print(place_of(pipeline.evaluate_folder(config)))
     return DONE
 
 
@@ -275,13 +276,13 @@ def _add_resume(parser: argparse.ArgumentParser) -> None:
 
 
 def _resume(parsed: argparse.Namespace) -> int:
-    folder = Path(parsed.run_dir)
+    folder = checkout(parsed.run_dir)
     if not (folder / "config.json").is_file():
         raise InputError(f"{parsed.run_dir} is no run directory: expected a config.json in it. Start a run with soul tofu or soul unlearn.")
     from soul.orchestration import pipeline
 
     with _resumable(parsed.run_dir):
-        print(pipeline.resume(folder))
+        print(place_of(pipeline.resume(folder)))
     return DONE
 
 
@@ -293,7 +294,8 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 def _report(parsed: argparse.Namespace) -> int:
     from soul.report.build import build_report
 
-    print(build_report([Path(run) for run in parsed.runs], None if parsed.output is None else Path(parsed.output)).html)
+    output = None if parsed.output is None else path_of(parsed.output) if is_uri(parsed.output) else Path(parsed.output)
+    print(place_of(build_report([checkout(run) for run in parsed.runs], output).html))
     return DONE
 
 

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -27,9 +28,10 @@ MARKER = ".published.json"
 COPIES_VARIABLE = "SOUL_STORE_COPIES"
 # Of a run directory these are not small: each is fetched by itself, and only where it is needed.
 LARGE = ("model", "checkpoints")
+STAGES = ".stages"
 BEGUN = json.dumps({"files": None})
 
-_WORKED_ON: dict[Path, int] = {}
+_KEPT: dict[Path, int] = {}
 
 
 def is_uri(place: str | Path) -> bool:
@@ -199,19 +201,33 @@ def pull_file(file: Path) -> bool:
 def attach(folder: Path, *, keep: bool = False) -> None:
     """Make the copy of a run directory what the store has, all but what is large. `keep` it from other processes until this one ends.
 
+    While a process of this machine works in it, the copy is ahead of the store and is left as it is.
+
     Raises:
-        InputError: another process of this machine is at work in it.
+        InputError: it is to be kept, and another process of this machine is at work in it.
     """
     if not is_uri(place := place_of(folder)):
         return
-    with _alone(folder, keep=keep):
-        files = find(place) or {}
-        for item in folder.iterdir() if folder.is_dir() else ():
-            if item.name not in LARGE:
-                shutil.rmtree(item) if item.is_dir() else item.unlink()
+    if keep:
+        _keep(folder)
+    with _lock(folder):
+        if not keep and _is_kept(folder):
+            return
+        files = {name: facts for name, facts in (find(place) or {}).items() if _is_small(name)}
+        for path in folder.rglob("*"):
+            known = path.relative_to(folder).as_posix()
+            if path.is_file() and _is_small(known) and known not in files:
+                path.unlink()
         for name, facts in files.items():
-            if PurePosixPath(name).parts[0] not in LARGE:
-                _fetch(f"{place}/{name}", folder / name, facts)
+            file = folder / name
+            if not file.is_file() or [file.stat().st_size, file.stat().st_mtime_ns] != facts:
+                _fetch(f"{place}/{name}", file, facts)
+
+
+def _is_small(name: str) -> bool:
+    """Whether a file of a run directory comes with it: not what is fetched by itself, no marker, nothing half written."""
+    first = PurePosixPath(name).parts[0]
+    return first not in LARGE and (first == STAGES or not first.startswith("."))
 
 
 def check_writable(place: str) -> None:
@@ -229,7 +245,7 @@ def check_writable(place: str) -> None:
         put_bytes(f"{place}/.probe", b"", patient=False)
         delete_file(f"{place}/.probe", patient=False)
     except OSError as error:
-        raise InputError(str(error)) from None
+        raise InputError(str(error).replace("/.probe", "")) from None
 
 
 def ray_storage(place: str) -> dict[str, Any]:
@@ -254,10 +270,13 @@ def _files_of(place: str) -> dict[str, list[int]] | None:
 def _fetch(uri: str, file: Path, facts: list[int]) -> None:
     size, mtime_ns = facts
     file.parent.mkdir(parents=True, exist_ok=True)
-    receive(uri, file)
-    if file.stat().st_size != size:
-        raise OSError(f"{uri} has {file.stat().st_size} bytes, expected {size}: it was changed while it was read. Run the same again.")
-    os.utime(file, ns=(mtime_ns, mtime_ns))
+    with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as folder:
+        staging = Path(folder) / file.name
+        receive(uri, staging)
+        if (found := staging.stat().st_size) != size:
+            raise OSError(f"{uri} has {found} bytes, expected {size}: it was changed while it was read. Run the same again.")
+        os.utime(staging, ns=(mtime_ns, mtime_ns))
+        os.replace(staging, file)
 
 
 @contextmanager
@@ -269,23 +288,34 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _alone(folder: Path, *, keep: bool) -> Iterator[None]:
-    """No other process of this machine in the run directory; the lock goes with the process, however it ends."""
-    if folder in _WORKED_ON:
-        yield
+def _keep(folder: Path) -> None:
+    """Lock the other processes of this machine out of a run directory; the lock goes with this process, however it ends."""
+    if folder in _KEPT:
         return
+    for _ in range(20):  # somebody may just be looking whether it is locked
+        if (handle := _lock_at_once(folder)) is not None:
+            _KEPT[folder] = handle
+            return
+        time.sleep(0.05)
+    raise InputError(f"another process of this machine is at work in {place_of(folder)}. Wait for it or stop it.")
+
+
+def _is_kept(folder: Path) -> bool:
+    """By this process or another one."""
+    if folder in _KEPT:
+        return True
+    if (handle := _lock_at_once(folder)) is None:
+        return True
+    os.close(handle)
+    return False
+
+
+def _lock_at_once(folder: Path) -> int | None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder.parent / f".{folder.name}.run", os.O_CREAT | os.O_RDWR, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        raise InputError(f"another process of this machine is at work in {place_of(folder)}. Wait for it or stop it.") from None
-    if keep:
-        _WORKED_ON[folder] = handle
-    try:
-        yield
-    finally:
-        if not keep:
-            os.close(handle)
+        return None
+    return handle

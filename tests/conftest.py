@@ -5,6 +5,7 @@ Hermetic on purpose: no network, no telemetry, no cluster of the user's, a Ray t
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import shutil
@@ -14,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.s3 import Store, free_port, store_on_loopback
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
@@ -35,6 +38,16 @@ RAY = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
 }
 
+# Every object store of the tests is on loopback, and what is fetched from it stays in the session's folder.
+STORE = {
+    "AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}",
+    "AWS_ACCESS_KEY_ID": "loopback",
+    "AWS_SECRET_ACCESS_KEY": "loopback-secret",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "SOUL_STORE_COPIES": str(SESSION_DIR / "copies"),
+}
+
 
 def _test_folders() -> list[str]:
     """The root, for soul and tests.*, and every folder with tests: Ray workers import a test's functions by its module name."""
@@ -44,7 +57,7 @@ def _test_folders() -> list[str]:
 def _set_environment() -> None:
     (SESSION_DIR / "token").touch(mode=0o600)
     (SESSION_DIR / "token").write_text(secrets.token_hex(32))
-    os.environ.update(THREADS | OFFLINE | RAY)
+    os.environ.update(THREADS | OFFLINE | RAY | STORE)
     os.environ.pop("RAY_ADDRESS", None)
     for name, first in {"PYTHONPATH": _test_folders(), "PATH": [str(Path(sys.executable).parent)]}.items():
         os.environ[name] = os.pathsep.join([*first, *filter(None, [os.environ.get(name)])])
@@ -67,6 +80,19 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("no benchmark data: ../shared/data does not exist beside this checkout")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def s3_store() -> Iterator[Store]:
+    """S3 on loopback, with a proxy before it that can fail."""
+    with store_on_loopback() as store:
+        yield store
+
+
+@pytest.fixture
+def bucket(s3_store: Store, request: pytest.FixtureRequest) -> str:
+    """The URI of a bucket of the test's own."""
+    return s3_store.make_bucket(f"b{hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:16]}")
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from soul.report.seal import model_sha256
 from soul.serving.decoder import End, Row, RunningBatch
 from soul.serving.likelihood import Likelihood, likelihoods
 from soul.serving.work import ModelSpec
+from soul.store import local
 
 Watch = Callable[[Row, int, End | None], None]
 MAX_FAILURES = 3
@@ -202,10 +203,11 @@ def load_engine(spec: ModelSpec, *, max_rows: int, max_batch_tokens: int) -> Eng
     Raises:
         InputError: they are not, or cannot be loaded.
     """
-    if model_sha256(Path(spec.folder)) != spec.sha256:
+    folder = local(spec.folder)
+    if model_sha256(Path(folder)) != spec.sha256:
         raise InputError("the model's files have changed since they were checked. Evaluate them and let the server read the run again.")
     on_gpu = torch.cuda.is_available()
-    model = load_model(spec.folder, dtype=torch.bfloat16 if on_gpu else torch.float32).eval()
+    model = load_model(folder, dtype=torch.bfloat16 if on_gpu else torch.float32).eval()
     if on_gpu:
         model.to("cuda")
-    return Engine(model, load_tokenizer(spec.folder), max_rows=max_rows, max_batch_tokens=max_batch_tokens)
+    return Engine(model, load_tokenizer(folder), max_rows=max_rows, max_batch_tokens=max_batch_tokens)

@@ -11,6 +11,7 @@ from typing import Any
 from soul.records import InputError
 from soul.serving.keys import VARIABLE, read_key_hashes
 from soul.serving.settings import model_id_of
+from soul.store import is_uri
 
 
 def add_serve_flags(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +72,7 @@ def _named_runs(words: Sequence[str]) -> dict[str, str]:
             name, folder = model_id_of(Path(word)), word
         if name in runs:
             raise InputError(f"two runs would be called {name}. Name them apart: NAME={folder}.")
-        runs[name] = str(Path(folder).expanduser().resolve())
+        runs[name] = folder if is_uri(folder) else str(Path(folder).expanduser().resolve())
     return runs
 
 

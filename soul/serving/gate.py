@@ -16,6 +16,7 @@ from soul.report.seal import Seal, file_sha256, model_files, model_sha256, read_
 from soul.serving.policy import Check, judge
 from soul.serving.settings import Hosting
 from soul.serving.work import ModelSpec
+from soul.store import attach, path_of, place_of, pull
 
 Role = Literal["unlearned", "target", "retrained"]
 REFERENCES: Final[tuple[Role, ...]] = ("target", "retrained")
@@ -86,7 +87,7 @@ def check_folders(hosting: Hosting) -> None:
         InputError: one is not.
     """
     for name, folder in hosting.runs.items():
-        if not Path(folder).expanduser().is_dir():
+        if not _folder_of(folder).is_dir():
             raise InputError(f"{name}: {folder} is no folder. Expected a run directory (soul tofu, soul unlearn) or a model folder.")
 
 
@@ -94,7 +95,7 @@ def stamp(hosting: Hosting) -> object:
     """Something that changes whenever a file that the gate reads has changed."""
     found: list[object] = []
     for folder in hosting.runs.values():
-        run = Path(folder).expanduser()
+        run = path_of(folder)
         files = [run / "results.json", run / "manifest.json", *(path for path in model_files(run / "model"))]
         found += [(path.as_posix(), *_size_and_time(path)) for path in files]
     return found
@@ -118,7 +119,7 @@ def read_catalogue(hosting: Hosting, *, on_loopback: bool, hashes: Hashes) -> Ca
     models = [
         model
         for name, folder in hosting.runs.items()
-        for model in _models_of(name, Path(folder).expanduser(), hosting, shows_references=shows_references, hashes=hashes)
+        for model in _models_of(name, _folder_of(folder), hosting, shows_references=shows_references, hashes=hashes)
     ]
     found = {model.id: model for model in models}
     if len(found) < len(models):
@@ -130,6 +131,13 @@ def read_catalogue(hosting: Hosting, *, on_loopback: bool, hashes: Hashes) -> Ca
         if alias in found:
             raise InputError(f"alias {alias} is also the name of a model. Choose another.")
     return Catalogue(found, dict(hosting.aliases))
+
+
+def _folder_of(place: str) -> Path:
+    """A run directory; of one on a store, this node's copy as it is now."""
+    folder = path_of(place)
+    attach(folder)
+    return folder
 
 
 def _models_of(name: str, run: Path, hosting: Hosting, *, shows_references: bool, hashes: Hashes) -> Iterator[Hosted]:
@@ -178,7 +186,7 @@ def _sealed_report(run: Path) -> tuple[Results, Seal]:
 
 def _wrong_weights(run: Path, role: Role, seal: Seal, hashes: Hashes) -> str | None:
     folder = run / seal.models[role].path
-    if not folder.is_dir():
+    if not pull(folder):
         return f"the {role} model's folder is not where the report left it"
     if not any(folder.glob("*.safetensors")):
         return f"the {role} model has no safetensors weights; nothing else is loaded"
@@ -189,7 +197,7 @@ def _wrong_weights(run: Path, role: Role, seal: Seal, hashes: Hashes) -> str | N
 
 def _spec(run: Path, role: Role, seal: Seal) -> ModelSpec:
     model = seal.models[role]
-    return ModelSpec(model.sha256, str((run / model.path).resolve()), _chat_of(run))
+    return ModelSpec(model.sha256, place_of((run / model.path).resolve()), _chat_of(run))
 
 
 def _chat_of(run: Path) -> str:
@@ -207,8 +215,8 @@ def _waived(model: Hosted, hosting: Hosting, hashes: Hashes) -> Hosted:
     if model.spec is not None or not hosting.allow_unevaluated:
         return model
     inner = model.folder / "model"
-    folder = inner if inner.is_dir() else model.folder
+    folder = inner if pull(inner) else model.folder
     if not any(folder.glob("*.safetensors")):
         return model
-    spec = ModelSpec(hashes.of(folder), str(folder.resolve()), _chat_of(model.folder))
+    spec = ModelSpec(hashes.of(folder), place_of(folder.resolve()), _chat_of(model.folder))
     return Hosted(model.id, model.run, model.role, model.folder, spec, model.reason, model.checks, model.results)

@@ -8,6 +8,7 @@ from typing import Annotated, Final
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from soul.serving.policy import Policy
+from soul.store import is_uri
 
 ModelId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
 Count = Annotated[int, Field(ge=1, strict=True)]
@@ -117,7 +118,8 @@ def located(config: ServeConfig, file: str | None) -> ServeConfig:
     if file is None:
         return config
     base = Path(file).resolve().parent
-    runs = {name: str((base / Path(folder).expanduser()).resolve()) for name, folder in config.hosting.runs.items()}
+    given = config.hosting.runs.items()
+    runs = {name: folder if is_uri(folder) else str((base / Path(folder).expanduser()).resolve()) for name, folder in given}
     return config.model_copy(update={"hosting": config.hosting.model_copy(update={"runs": runs})})
 
 
