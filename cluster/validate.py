@@ -18,14 +18,9 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs without installation
 
 from cluster.checks.common import secret_complaints
-from cluster.checks.job import runtime_env_complaints
-from cluster.checks.kuberay import SPECS, kuberay_complaints
-from cluster.checks.launcher import launcher_complaints
-from cluster.checks.pods import object_complaints
-from cluster.checks.serving import serve_complaints
-from cluster.checks.stack import stack_complaints
 
 FOLDER = Path(__file__).resolve().parent
+RAY_KINDS = ("RayCluster", "RayJob", "RayService")
 
 
 class _Loader(yaml.SafeLoader):
@@ -65,20 +60,32 @@ def complaints(text: str) -> Iterator[str]:
 
 
 def document_complaints(document: Any, text: str = "") -> list[str]:
-    """What kind of file it is shows in its keys."""
+    """What kind of file it is shows in its keys. What checks a kind is imported only for it: Ray alone takes a second."""
     if not isinstance(document, dict):
         return ["document: expected keys and values"]
     if "AWSTemplateFormatVersion" in document:
+        from cluster.checks.stack import stack_complaints
+
         return [*stack_complaints(text), *secret_complaints(document)]
-    if document.get("kind") in SPECS:
+    if document.get("kind") in RAY_KINDS:
+        from cluster.checks.kuberay import kuberay_complaints
+
         return kuberay_complaints(document)
     if "apiVersion" in document or "kind" in document:
+        from cluster.checks.pods import object_complaints
+
         return [*object_complaints(document), *secret_complaints(document)]
     if "cluster_name" in document or "available_node_types" in document:
+        from cluster.checks.launcher import launcher_complaints
+
         return launcher_complaints(document)
     if "applications" in document:
+        from cluster.checks.serving import serve_complaints
+
         return list(serve_complaints(document))
     if set(document) & {"excludes", "env_vars", "working_dir"}:
+        from cluster.checks.job import runtime_env_complaints
+
         return list(runtime_env_complaints(document))
     return [f"document: no known kind of file. Its keys are {', '.join(sorted(map(str, document)))}"]
 
