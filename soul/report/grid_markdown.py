@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
+from typing import Final
 
 from soul.report.grid_content import GridReport
 from soul.report.grid_tables import markdown_grid
 from soul.report.table import markdown_text
 from soul.report.words import ARROW_KEY
+
+PLACES: Final = ("--output", "--cache", "--address", "--wandb")
 
 
 def grid_markdown(report: GridReport) -> str:
@@ -23,8 +27,22 @@ def grid_markdown(report: GridReport) -> str:
 def results_section(report: GridReport, heading: str) -> str:
     """results.md: numbers only, no text of the benchmark or of a model, to be pasted as it is."""
     parts = [f"## {markdown_text(heading)}", markdown_text(report.title)]
-    parts += [f"`{report.command}`"] if report.command else []
+    parts += [f"`{anywhere(report.command)}`"] if report.command else []
     return "\n\n".join([*parts, *_numbers(report, level=3)]) + "\n"
+
+
+def anywhere(command: str) -> str:
+    """The command without what belongs to one machine or one moment: where its folders lie, and that only the report was rebuilt."""
+    kept: list[str] = []
+    words = iter(shlex.split(command))
+    for word in words:
+        name, has_value, _ = word.partition("=")
+        if name in PLACES:
+            if not has_value:
+                next(words, None)
+        elif word not in ("--report", "--no-progress"):
+            kept.append(word)
+    return shlex.join(kept)
 
 
 def _numbers(report: GridReport, *, level: int) -> Iterator[str]:

@@ -24,6 +24,7 @@ from soul.evaluate.tofu_log import AGGREGATED, write_tofu_log
 from soul.records import InputError
 from soul.report.grid_build import build_grid_report, show_grid
 from soul.report.grid_content import compose_grid
+from soul.report.grid_markdown import anywhere
 from soul.report.grid_paper import PAPER_HEAD, PAPER_TABLE_2, our_table_6, own_table_2, table_2
 from soul.report.grid_tables import difference_words, latex_grid, latex_text, main_grid, sort_key, trials_csv
 from soul.rundir import RunDir, write_json
@@ -367,6 +368,11 @@ def test_the_whole_report_from_run_directories(tmp_path: Path, capsys: pytest.Ca
     assert len(list((tmp_path / "figures").glob("*.svg"))) >= 1
     show_grid(table)
     assert "FO-NPO (adamw)" in capsys.readouterr().out
+
+
+def test_a_log_tells_the_command_without_where_it_ran() -> None:
+    command = "python pipelines/grid.py --output /tmp/x --preset equal --cache=/big/cache --report --data '../a b' --wandb p --seeds 3"
+    assert anywhere(command) == "python pipelines/grid.py --preset equal --data '../a b' --seeds 3"
 
 
 def test_a_report_of_nothing_and_of_different_rows_is_refused(tmp_path: Path) -> None:

@@ -235,6 +235,8 @@ def test_no_forget_text_reaches_tune_and_the_search_for_it_can_find_one(small_gr
         assert not holders(text, output / "tune") and not holders(text, output / "trials")
     assert not found_in(CANARY, output / "cache")
     assert holders(plan(small_grid)[0].trial.id, output / "tune")  # the folder does hold Tune's state
+    [events] = (output / "tune").glob(f"*/{plan(small_grid)[0].trial.id}/events.out.tfevents.*")  # TensorBoard's
+    assert b"forget/probability" in events.read_bytes()
     storage = tune.RunConfig(storage_path=str(tmp_path), verbose=0, callbacks=[JsonLoggerCallback()])
     tune.Tuner(lambda params: tune.report({"x": 1}), param_space={"leak": CANARY}, run_config=storage).fit()
     assert {Path(name).suffix for name in holders(CANARY, tmp_path)} >= {".pkl", ".json"}
