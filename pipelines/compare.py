@@ -17,6 +17,7 @@ from soul.data.sources import open_benchmark
 from soul.records import InputError
 from soul.rundir import RunDir, write_atomically, write_json
 from soul.settings import load_settings
+from soul.store import check_local
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,6 +57,7 @@ def main(argv: list[str]) -> int:
         limit_forget=parsed.limit_forget,
         limit_retain=parsed.limit_retain,
     )
+    check_local(parsed.output)
     run = RunDir(Path(parsed.output).resolve())
     run.create()
     logging.disable_progress_bar()

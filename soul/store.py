@@ -230,6 +230,16 @@ def _is_small(name: str) -> bool:
     return first not in LARGE and (first == STAGES or not first.startswith("."))
 
 
+def check_local(output: str) -> None:
+    """For what needs one disk that all its processes see.
+
+    Raises:
+        InputError: `output` is on a store.
+    """
+    if is_uri(output):
+        raise InputError(f"--output {output} is a URI, expected a local folder. Mount the storage, or copy the results there in the end.")
+
+
 def check_writable(place: str) -> None:
     """Raises:
     InputError: nothing can be written to this URI: no credentials, no such bucket, no permission, no room, no answer.

@@ -9,7 +9,7 @@ from soul.config import Config
 from soul.preflight import check_output
 from soul.records import InputError
 from soul.rundir import RunDir, digest, write_atomically
-from soul.store import attach, check_writable, holds, is_uri
+from soul.store import attach, check_writable, holds
 from soul.train.engine import PLACEMENT
 
 # Where a run lies and how it is watched does not make it another run.
@@ -19,16 +19,6 @@ _STAGE = "outcome"
 
 def run_dir(config: Config) -> RunDir:
     return RunDir.at(config.output)
-
-
-def check_local(output: str) -> None:
-    """For what needs one disk that all processes see.
-
-    Raises:
-        InputError: `output` is on a store.
-    """
-    if is_uri(output):
-        raise InputError(f"--output {output} is a URI, expected a local folder. Mount the storage, or copy the results there in the end.")
 
 
 def check_claim(config: Config) -> None:

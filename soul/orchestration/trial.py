@@ -31,7 +31,7 @@ from soul.orchestration.outcome import write_outcome
 from soul.orchestration.prepare import Prepared, given_model
 from soul.orchestration.progress import Display
 from soul.orchestration.shared import Shared, judge_shared, retrained_of, share, target_of
-from soul.orchestration.train import TrainingStopped, fit
+from soul.orchestration.train import TrainingStopped, fit, on_this_node
 from soul.records import InputError
 from soul.report.results import load_results
 from soul.rundir import RunDir
@@ -177,6 +177,7 @@ def judge_here(config: Config, sources: Sources, model: str, name: str, samples:
 def fit_here(job: TrainJob, *, name: str, on_progress: object = None, on_epoch: OnEpoch) -> JobResult:
     """As `soul.orchestration.train.fit`, on one rank in this process, continuing from the last checkpoint if there is one."""
     del on_progress  # a grid shows whole trials
+    job = on_this_node(job)
     folder = Path(job.run_dir) / "checkpoints" / name
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

@@ -24,7 +24,7 @@ from soul.config import Config
 from soul.grid_config import GridConfig
 from soul.orchestration.capacity import gpus_per_task, room_for
 from soul.orchestration.checks import check_local_workers, check_model, check_run
-from soul.orchestration.claim import check_claim, check_local, claim, is_done, run_dir
+from soul.orchestration.claim import check_claim, claim, is_done, run_dir
 from soul.orchestration.cluster import cluster
 from soul.orchestration.data import cache_of, open_sources
 from soul.orchestration.halving import GroupedHalving
@@ -34,6 +34,7 @@ from soul.orchestration.progress import Display
 from soul.orchestration.shared import Shared, judge_shared, make_shared, share
 from soul.orchestration.trial import failure_of, nested_epoch, run_trial, stopped_at
 from soul.rundir import RunDir
+from soul.store import check_local
 
 # Tune's own tables and bars would print settings line by line; its handler of Ctrl-C would swallow it.
 TUNE_ENVIRONMENT = {
