@@ -177,7 +177,12 @@ class OneShotConfig(_Optimizer):
     step_length: float | None = Field(
         None, gt=0, description="Factor of the step (null: forget tokens / all tokens, as removing the forget rows' weight asks for)."
     )
-    damping: float = Field(1.0, ge=0, description="Added to the curvature, as a multiple of its mean over the weights.")
+    damping: float = Field(
+        10.0,
+        ge=0,
+        description="Added to the curvature, as a multiple of its mean over the weights. Smaller goes further: a model that fits its data "
+        "has hardly any curvature.",
+    )
     curvature: Literal["gnb", "fisher"] = Field(
         "gnb",
         description="Gauss-Newton diagonal with sampled labels (gnb), or squared gradients of the rows' own labels (fisher), which takes "
