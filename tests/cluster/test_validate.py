@@ -291,20 +291,6 @@ def test_the_command_names_file_and_mistake_and_exits_with_2(tmp_path: Path) -> 
     ]
 
 
-def test_the_run_is_fetched_without_its_checkpoints(tmp_path: Path) -> None:
-    """The init container's own code, from a folder instead of a bucket."""
-    run = tmp_path / "bucket" / "runs" / "tofu"
-    for name in ("results.json", "model/config.json", "model/a.safetensors", "checkpoints/step_5/a.distcp"):
-        (run / name).parent.mkdir(parents=True, exist_ok=True)
-        (run / name).write_text(name)
-    (container,) = parsed(SERVICE)["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["initContainers"]
-    assert container["command"] == ["python", "-c"]
-    environment = {"PATH": "/usr/bin", "RUN": f"file://{run}", "TARGET": str(tmp_path / "runs" / "tofu")}
-    subprocess.run([sys.executable, "-c", *container["args"]], env=environment, check=True, timeout=60)
-    copied = {path.relative_to(tmp_path / "runs" / "tofu").as_posix() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
-    assert copied == {"results.json", "model/config.json", "model/a.safetensors"}
-
-
 def test_what_the_server_writes_down_for_a_cluster_is_accepted(tmp_path: Path) -> None:
     from soul.orchestration.serve import write_serve_config
     from soul.serving.settings import Hosting, Replicas, ServeConfig
@@ -313,3 +299,12 @@ def test_what_the_server_writes_down_for_a_cluster_is_accepted(tmp_path: Path) -
     path = tmp_path / "serve.yaml"
     write_serve_config(ServeConfig(hosting=hosting, host="0.0.0.0", key_hashes=("0" * 64,), replicas=Replicas(maximum=3)), path)
     assert list(complaints(path.read_text(encoding="utf-8"))) == []
+
+
+def test_serve_itself_takes_the_services_config() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(parsed(SERVICE)["spec"]["serveConfigV2"]))
+    (app,) = schema.applications
+    assert (schema.http_options.port, app.import_path) == (8000, "soul.orchestration.serve:build_app")
+    assert {deployment.name for deployment in app.deployments} == {"Gateway", "Generator"}
