@@ -101,3 +101,18 @@ def test_a_variable_that_cannot_be_passed_is_named_and_its_value_is_not(environm
     assert says in result.stderr
     assert result.stdout == ""
     assert "ecret" not in result.stderr
+
+
+def test_values_are_not_shown_on_a_terminal() -> None:
+    leader, follower = os.openpty()
+    environment = {"PATH": os.environ["PATH"], "HF_TOKEN": "very-secret"}
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), "HF_TOKEN"], env=environment, stdout=follower, stderr=subprocess.PIPE, text=True, timeout=60
+    )
+    os.close(follower)
+    os.set_blocking(leader, False)
+    with pytest.raises(OSError):  # nothing was written
+        os.read(leader, 1)
+    os.close(leader)
+    assert result.returncode == 2
+    assert "terminal" in result.stderr
