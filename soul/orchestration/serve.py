@@ -112,7 +112,7 @@ def run_server(config: ServeConfig, *, address: str | None, verbose: bool) -> No
     check_folders(config.hosting)
     catalogue = read_catalogue(config.hosting, on_loopback=config.on_loopback, hashes=Hashes())
     for line in describe(catalogue):
-        print(line)
+        print(line, flush=True)
     with cluster(address, num_workers=1, verbose=verbose):
         start(config, catalogue)
         print(f"serving on http://{config.host}:{config.port}/ (API under /v1); Ctrl-C stops it", flush=True)
