@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import ray
 
-from soul.orchestration.capacity import capacity
+from soul.orchestration.capacity import UNKNOWN, capacity
 from soul.orchestration.cluster import cluster
 from soul.orchestration.joining import check_job_server, is_job_server, make_probe, this_environment
 from soul.records import InputError
@@ -40,6 +40,8 @@ def survey(address: str | None, *, num_workers: int) -> str:
 
 
 def _amount(has: float, most: float) -> str:
+    if most == UNKNOWN:
+        return f"{has:g}; an autoscaler may add some"
     return f"{has:g}, with the autoscaler up to {most:g}" if most > has else f"{has:g}"
 
 
