@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -58,8 +59,8 @@ def run(config: Config) -> Path:
     sources = open_sources(config.data, benchmark=config.benchmark, seed=config.train.seed)
     display = Display(enabled=config.progress)
     start = starting_model(config, sources.benchmark, cache_of(config))
-    standard = given.key if isinstance(given, Prepared) else repr(given)
-    inputs = [sources.fingerprints(), sources.benchmark.fingerprints(), given_model(start).key, standard]
+    standard = replace(given, source=place_of(given.source)) if isinstance(given, EvalLog) else given and given.key
+    inputs = [sources.fingerprints(), sources.benchmark.fingerprints(), given_model(start).key, repr(standard)]
     if all(is_done(arm, inputs) for arm in arms):
         display.say(f"done before: {', '.join(folder.place for folder in folders)}")
     else:
