@@ -18,10 +18,19 @@ from pathlib import Path
 from typing import Any, Self
 
 import psutil
+from ray._private.services import get_node_ip_address
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
 START_SECONDS = 180.0
+FAKE_NODES = {
+    "RAY_FAKE_CLUSTER": "1",
+    "RAY_enable_autoscaler_v2": "1",
+    "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+    "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+    "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+}
 
 
 def free_ports(count: int) -> list[int]:
@@ -50,9 +59,13 @@ def wait_until(condition: Any, *, timeout_s: float, every_s: float = 0.2) -> Any
 
 
 class Head:
-    """`environment` is what processes that speak with this head need, and what its own were started with."""
+    """`environment` is what processes that speak with this head need, and what its own were started with.
 
-    def __init__(self, *, num_cpus: int, more: dict[str, str] | None = None, words: tuple[str, ...] = ()) -> None:
+    `workers`: a node type of Ray's cluster files. Its nodes are started and ended by Ray's own autoscaler, as more of Ray's node
+    processes on this machine: FakeMultiNodeProvider, as a provider of our own, since type fake_multinode lacks a file in Ray's wheel.
+    """
+
+    def __init__(self, *, num_cpus: int, workers: dict[str, Any] | None = None) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="soul-head-"))  # short: Ray puts sockets below it
         self.token = secrets.token_hex(32)
         (self.folder / "token").touch(mode=0o600)
@@ -61,31 +74,71 @@ class Head:
         self.http = f"http://127.0.0.1:{dashboard}"
         mine = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"), "RAY_API_SERVER_ADDRESS": self.http}
         taken = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "PYTHONPATH", "FORCE_COLOR")}
-        self.environment = {**taken, **mine, "RAY_USAGE_STATS_ENABLED": "0", **(more or {})}
+        self.environment = {**taken, **mine, "RAY_USAGE_STATS_ENABLED": "0", **(FAKE_NODES if workers else {})}
         command = [RAY, "start", "--head", "--block", "--disable-usage-stats", f"--temp-dir={self.folder / 'r'}", f"--port={self.port}"]
         command += [f"--ray-client-server-port={client}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
         command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"]
-        command += [f"--num-cpus={num_cpus}", "--object-store-memory=200000000", *(word.format(head=self) for word in words)]
-        self._log = (self.folder / "head.log").open("w")
-        self.process = subprocess.Popen(
-            command, env=self.environment, cwd=self.folder, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        command += [f"--num-cpus={num_cpus}", "--object-store-memory=200000000", *self._autoscaling(workers)]
+        self._command = command
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with (self.folder / "head.log").open("w") as log:
+            return subprocess.Popen(
+                self._command, env=self.environment, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def _autoscaling(self, workers: dict[str, Any] | None) -> list[str]:
+        if workers is None:
+            return []
+        provider = {
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "gcs_address": f"{get_node_ip_address()}:{self.port}",
+            "launch_multiple": True,
+            "head_node_id": FAKE_HEAD_NODE_ID,
+        }
+        config: dict[str, Any] = {
+            "cluster_name": "fake",
+            "provider": provider,
+            "auth": {"ssh_user": "nobody"},
+            "docker": {},
+            "max_workers": workers["max_workers"],
+            "idle_timeout_minutes": 0.1,
+            "available_node_types": {
+                "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+                "worker": {"node_config": {}, "min_workers": 0, **workers},
+            },
+            "head_node_type": "ray.head.default",
+            **{f"{when}_commands": [] for when in ("setup", "head_setup", "worker_setup", "initialization")},
+            **{f"{kind}_start_ray_commands": [] for kind in ("head", "worker")},
+            **{name: [] for name in ("cluster_synced_files", "rsync_exclude", "rsync_filter")},
+            "file_mounts": {},
+            "file_mounts_sync_continuously": False,
+            "upscaling_speed": 1.0,
+        }
+        file = self.folder / "autoscaling.json"
+        file.write_text(json.dumps(config))
+        return [f"--autoscaling-config={file}"]
 
     def __enter__(self) -> Self:
+        """Ray gives a node 30 s to start, which a busy machine may need: three attempts."""
+        log = self.folder / "head.log"
         try:
-            wait_until(lambda: self.answers() or self.process.poll() is not None, timeout_s=START_SECONDS)
-            assert self.process.poll() is None, (self.folder / "head.log").read_text()[-2000:]
+            for _ in range(3):
+                wait_until(lambda: "Ray runtime started" in log.read_text() or self.process.poll() is not None, timeout_s=START_SECONDS)
+                if self.process.poll() is None:
+                    wait_until(self.answers, timeout_s=START_SECONDS)
+                    return self
+                self._end()
+                self.process = self._start()
+            raise RuntimeError(log.read_text()[-2000:])
         except BaseException:
             self.stop()
             raise
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-    @property
-    def ip(self) -> str:
-        return socket.gethostbyname(socket.gethostname())
 
     @property
     def address(self) -> str:
@@ -95,6 +148,11 @@ class Head:
         request = urllib.request.Request(self.http + path, headers={"Authorization": f"Bearer {self.token}"})
         with urllib.request.urlopen(request, timeout=10) as answer:
             return json.load(answer)
+
+    def worker_nodes(self) -> int:
+        """How many nodes beside the head are alive."""
+        nodes = [node["raylet"] for node in self.get("/nodes?view=summary")["data"]["summary"]]
+        return len([node for node in nodes if node.get("state") == "ALIVE" and not node.get("isHeadNode")])
 
     def answers(self) -> bool:
         try:
@@ -107,10 +165,15 @@ class Head:
         """`ray ...` as its user types it, in the project's folder."""
         return subprocess.run([RAY, *words], cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=timeout_s, **options)
 
-    def submit(self, name: str, *words: str, wait: bool = True, timeout_s: float = 500) -> subprocess.CompletedProcess[str]:
+    def submit(self, name: str, *words: str, wait: bool = True, timeout_s: float = 1500) -> subprocess.CompletedProcess[str]:
         """`ray job submit` of a script of pipelines/, as docs/clusters.md has it."""
         command = ["job", "submit", "--working-dir", ".", "--runtime-env", "cluster/runtime_env.yaml", "--submission-id", name]
-        return self.ray(*command, *(() if wait else ("--no-wait",)), "--", "python", *words, timeout_s=timeout_s)
+        for _ in range(20):
+            done = self.ray(*command, *(() if wait else ("--no-wait",)), "--", "python", *words, timeout_s=timeout_s)
+            if "No available agent" not in done.stderr:  # the head's own agent may come up after its dashboard
+                return done
+            time.sleep(3)
+        return done
 
     def job(self, name: str) -> dict[str, Any]:
         told: dict[str, Any] = self.get(f"/api/jobs/{name}")
@@ -137,6 +200,10 @@ class Head:
         return found
 
     def stop(self) -> None:
+        self._end()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _end(self) -> None:
         below = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
         self.process.terminate()
         try:
@@ -148,5 +215,3 @@ class Head:
                 process.kill()
             except psutil.NoSuchProcess:
                 continue
-        self._log.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
