@@ -170,4 +170,4 @@ def table(log: str) -> list[str]:
     lines = log.splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("────"))
     rows = lines[first + 1 : next(i for i, line in enumerate(lines) if line.startswith("↑ higher"))]
-    return [re.sub(r" [0-9.]+ (s|min|h)\s*$", "", row).rstrip() for row in rows]
+    return [re.sub(r"\s[0-9.]+\s(s|min|h)\s*$", "", row).rstrip() for row in rows]
