@@ -30,6 +30,7 @@ FAKE_NODES = {
     "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
     "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
     "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1200",  # a node has to start first
 }
 
 
@@ -79,7 +80,7 @@ class Head:
         command += [f"--ray-client-server-port={client}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
         command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"]
         command += [f"--num-cpus={num_cpus}", "--object-store-memory=200000000", *self._autoscaling(workers)]
-        self._command = command
+        self._command, self.scales = command, workers is not None
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -166,8 +167,14 @@ class Head:
         return subprocess.run([RAY, *words], cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=timeout_s, **options)
 
     def submit(self, name: str, *words: str, wait: bool = True, timeout_s: float = 1500) -> subprocess.CompletedProcess[str]:
-        """`ray job submit` of a script of pipelines/, as docs/clusters.md has it."""
-        command = ["job", "submit", "--working-dir", ".", "--runtime-env", "cluster/runtime_env.yaml", "--submission-id", name]
+        """`ray job submit` of a script of pipelines/, as docs/clusters.md has it.
+
+        Nodes that share a machine share the folder into which a working directory is unpacked, and the first to go deletes it: there the
+        script runs where it lies.
+        """
+        brought = ["--working-dir", ".", "--runtime-env", "cluster/runtime_env.yaml"]
+        command = ["job", "submit", *([] if self.scales else brought), "--submission-id", name]
+        words = (str(ROOT / words[0]), *words[1:]) if self.scales else words
         for _ in range(20):
             done = self.ray(*command, *(() if wait else ("--no-wait",)), "--", "python", *words, timeout_s=timeout_s)
             if "No available agent" not in done.stderr:  # the head's own agent may come up after its dashboard

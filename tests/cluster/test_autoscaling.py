@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 MOST = 3
 DATA = "--num-authors 3 --forget forget05 --eval-max-new-tokens 16"
-GRID = f"pipelines/grid.py {DATA} --methods grad_diff,npo --optimizers adamw,sophia --models tiny-s --prepare-max-steps 20 --epochs 2"
+GRID = f"pipelines/grid.py {DATA} --methods npo --optimizers adamw,sophia,signum --models tiny-s --prepare-max-steps 20 --epochs 2"
 RUN = f"pipelines/tofu.py {DATA} --twin none --prepare-max-steps 20 --epochs 200 --save-every 10 --eval-every 0 --tiny-hidden-size 32"
 RUN += " --tiny-intermediate-size 64 --tiny-num-layers 1 --tiny-num-heads 2 --tiny-vocab-size 400"
 ELASTIC = "--engine ddp --num-workers 2 --min-workers 1 --max-failures 3"
@@ -72,6 +72,7 @@ def watched(head: Head) -> Iterator[Timeline]:
     finally:
         done.set()
         thread.join(timeout=30)
+        print(f"\nnodes over time: {timeline}")
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -89,10 +90,10 @@ def test_a_grid_wakes_nodes_and_lets_them_go(head: Head, tmp_path: Path) -> None
         ended = time.monotonic() - timeline.began
         assert done.returncode == 0, done.stdout[-4000:]
         wait_until(lambda: timeline.look() == 0, timeout_s=180, every_s=1)
-    print(f"\nnodes over time: {timeline}; grid done after {ended:.0f} s\n{head.log('grid')}")
+    print(f"grid done after {ended:.0f} s\n{head.log('grid')}")
     assert timeline.most >= 2
-    assert len(list((tmp_path / "grid").glob("trials/*/results.json"))) == 4
-    assert "grid: 4/4" in head.log("grid")
+    assert len(list((tmp_path / "grid").glob("trials/*/results.json"))) == 3
+    assert "grid: 3/3" in head.log("grid")
 
 
 def test_a_run_survives_the_loss_of_a_node(head: Head, tmp_path: Path) -> None:
@@ -107,7 +108,7 @@ def test_a_run_survives_the_loss_of_a_node(head: Head, tmp_path: Path) -> None:
         ended = time.monotonic() - timeline.began
         wait_until(lambda: timeline.look() == 0, timeout_s=180, every_s=1)
     told = f"a node killed after {killed:.0f} s at step {reached}, the run done after {ended:.0f} s"
-    print(f"\nnodes over time: {timeline}; {told}\n{head.log('lost')}")
+    print(f"{told}\n{head.log('lost')}")
     steps = rows(lost)
     assert [row["step"] for row in steps] == list(range(1, steps[-1]["total_steps"] + 1))
     assert 40 <= reached < len(steps), "the run was over before a node was killed"
