@@ -35,7 +35,10 @@ CHUNK_BYTES = 32 * 2**20
 
 # (pattern, what it means). pyarrow has one type for all of them, and no attributes.
 _REASONS = (
-    (r"NO_SUCH_BUCKET|NoSuchBucket|[Bb]ucket .*(does not exist|not found)", "there is no such bucket. Check its name and region, or create it"),
+    (
+        r"NO_SUCH_BUCKET|NoSuchBucket|[Bb]ucket .*(does not exist|not found)",
+        "there is no such bucket. Check its name and region, or create it",
+    ),
     (
         r"ACCESS_DENIED|AccessDenied|HTTP status 40[13]|INVALID_ACCESS_KEY|InvalidAccessKey|SIGNATURE_DOES_NOT_MATCH|TOKEN",
         "permission denied. Check the credentials in the environment (AWS_ACCESS_KEY_ID, ...) and what they may do",
