@@ -53,7 +53,7 @@ def test_a_job_runs_to_its_table_and_one_that_never_fits_ends_at_once(head: Head
     log = head.ray("job", "logs", "tiny").stdout
     own = log[log.index("Running entrypoint") :]
     assert not CONTROL.search(own), CONTROL.search(own)
-    for stage in ("train target model: 20/20", "evaluate the target", "evaluate NPO with sophia"):
+    for stage in ("train target model: 20/20", "evaluate target", "evaluate NPO with sophia"):
         assert any(line.startswith(stage) for line in own.splitlines()), stage
     assert [row.split()[0] for row in table(own)] == ["target", "SO-NPO", "retrained"]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
