@@ -112,7 +112,9 @@ def check_token() -> None:
     """Raises:
     InputError: tokens are switched on here and there is none.
     """
-    if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" and not _raylet.AuthenticationTokenLoader.instance().has_token():
+    if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" and not _raylet.AuthenticationTokenLoader.instance().has_token(
+        ignore_auth_mode=True
+    ):
         raise InputError(f"authentication: this environment has no token. {TOKEN_HELP}")
 
 
