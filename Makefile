@@ -13,7 +13,7 @@ export RAY_AUTH_MODE ?= token
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format bench serve constraints clean
+.PHONY: help install demo test test-slow test-kills check format bench serve constraints clean
 
 help: ## this page
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +45,9 @@ test: install ## every test that takes seconds (no GPU, no network)
 
 test-slow: install ## the tests that take minutes
 	$(RUN) -m pytest -m "slow and not gpu" $(ARGS)
+
+test-kills: install ## worker, driver and node killed at 20 random moments, and the table of how the runs ended
+	$(RUN) -m tests.orchestration.kills $(ARGS)
 
 check: install ## format, lint, types (strict), and the rules about the project itself
 	$(VENV)/bin/ruff format --check .
