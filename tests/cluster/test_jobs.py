@@ -45,6 +45,7 @@ def soul(head: Head, *words: str, **changed: str | None) -> subprocess.Completed
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_job_runs_to_its_table_and_one_that_never_fits_ends_at_once(head: Head, tmp_path: Path) -> None:
     assert head.submit("never-fits", *words(tmp_path / "large", "--num-workers", "50"), wait=False).returncode == 0
     done = head.submit("tiny", *words(tmp_path / "run", "--epochs", "2"))

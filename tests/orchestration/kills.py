@@ -29,7 +29,8 @@ VICTIMS = ("worker", "driver", "node")
 STEPS = 60
 # Every fifth epoch a checkpoint: a kill costs up to fifteen steps, and a fifth of the moments fall on one that is being written.
 TRAIN = {"epochs": 20, "save_every": 5, "eval_every": 5, "keep_checkpoints": 2}
-ENGINE = {"name": "ddp", "num_workers": 2, "max_failures": 3}
+TWO_WORKERS = {"name": "ddp", "num_workers": 2, "max_failures": 3}
+ONE_WORKER = {"name": "single", "max_failures": 3}
 RUN_SECONDS = 900.0
 PATIENT = {"RAY_raylet_start_wait_time_s": "150"}  # a busy machine takes longer than Ray's 30 s
 
@@ -47,7 +48,7 @@ class Kill:
 
 @dataclass
 class Nodes:
-    """A head with one CPU and a node with two, on which both workers of a run find room."""
+    """A head without a CPU and a node with three, on which all of a run's workers and tasks are."""
 
     head: Head
     folder: Path
@@ -60,7 +61,7 @@ class Nodes:
     def add(self) -> None:
         """The node that comes for one that is gone."""
         self.remove()
-        command = [RAY, "start", f"--address={self.head.address}", "--block", "--num-cpus=2", "--object-store-memory=100000000"]
+        command = [RAY, "start", f"--address={self.head.address}", "--block", "--num-cpus=3", "--object-store-memory=100000000"]
         log = (self.folder / "node.log").open("ab")
         self.node = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
         wait_until(self._arrived, timeout_s=180, every_s=1)
@@ -110,7 +111,7 @@ def _kill(process: psutil.Process) -> None:
 
 @contextmanager
 def nodes() -> Iterator[Nodes]:
-    with Head(num_cpus=1) as head:
+    with Head(num_cpus=0) as head:
         made = Nodes(head, head.folder)
         try:
             made.add()
@@ -119,13 +120,20 @@ def nodes() -> Iterator[Nodes]:
             made.remove()
 
 
-def written(data: Path, cache: Path, run: Path) -> Path:
-    """The configuration file of a run; what it prepares is in `cache`, shared by all of them."""
-    sections: dict[str, Any] = {"train": TRAIN, "engine": ENGINE, "cache": str(cache), "evaluate": {"max_new_tokens": 8, "limit": 4}}
-    run.parent.mkdir(parents=True, exist_ok=True)
-    file = run.parent / f"{run.name}.json"
-    file.write_text(json.dumps(settings(data, run, **sections)))
-    return file
+@dataclass(frozen=True)
+class Campaign:
+    """`cache` has what all runs share: target, retrained model, tokens."""
+
+    folder: Path
+    data: Path
+    cache: Path
+    engine: Mapping[str, Any]
+
+    def written(self, name: str) -> tuple[Path, Path]:
+        """A run's folder and configuration file."""
+        run, file = self.folder / name, self.folder / f"{name}.json"
+        file.write_text(json.dumps(settings(self.data, run, train=TRAIN, engine=dict(self.engine), cache=str(self.cache))))
+        return run, file
 
 
 def start(file: Path, where: Nodes) -> subprocess.Popen[bytes]:
@@ -139,17 +147,18 @@ def lines(run: Path) -> int:
     return file.read_bytes().count(b"\n") if file.is_file() else 0
 
 
-def uninterrupted(data: Path, cache: Path, run: Path, where: Nodes) -> None:
-    file = written(data, cache, run)
+def uninterrupted(campaign: Campaign, where: Nodes) -> Path:
+    run, file = campaign.written("reference")
     code = start(file, where).wait(timeout=RUN_SECONDS)
     assert code == 0, file.with_suffix(".log").read_text()[-3000:]
     assert lines(run) == STEPS
+    return run
 
 
-def killed(victim: str, *, at: int, delay_s: float, data: Path, cache: Path, run: Path, reference: Path, where: Nodes) -> Kill:
+def killed(number: int, victim: str, *, at: int, delay_s: float, reference: Path, campaign: Campaign, where: Nodes) -> Kill:
     """Kill `victim` `delay_s` after step `at`; give the command again for as long as it fails."""
     began, drivers = time.monotonic(), 1
-    file = written(data, cache, run)
+    run, file = campaign.written(f"run-{number}")
     driver = start(file, where)
     try:
         wait_until(lambda: lines(run) >= at or driver.poll() is not None, timeout_s=RUN_SECONDS, every_s=0.02)
@@ -162,7 +171,9 @@ def killed(victim: str, *, at: int, delay_s: float, data: Path, cache: Path, run
         assert code == 0, file.with_suffix(".log").read_text()[-3000:]
     finally:
         driver.kill()
-    return Kill(victim, step, drivers, time.monotonic() - began, same(run, reference))
+    found = Kill(victim, step, drivers, time.monotonic() - began, same(run, reference))
+    shutil.rmtree(run)
+    return found
 
 
 def _strike(victim: str, driver: subprocess.Popen[bytes], where: Nodes) -> None:
@@ -203,15 +214,12 @@ def table(found: Sequence[Kill]) -> str:
     return "\n".join([*head, *rows, "", f"{good} of {len(found)} runs ended in the uninterrupted result."])
 
 
-def campaign(kills: int, seed: int, folder: Path, where: Nodes) -> list[Kill]:
-    data, cache, reference = write_tofu(folder / "tofu"), folder / "cache", folder / "reference"
-    uninterrupted(data, cache, reference, where)
+def carry_out(campaign: Campaign, kills: int, seed: int, where: Nodes) -> list[Kill]:
+    reference = uninterrupted(campaign, where)
     found: list[Kill] = []
     for number, (victim, at, delay) in enumerate(plan(kills, seed)):
-        run = folder / f"run-{number}"
-        found.append(killed(victim, at=at, delay_s=delay, data=data, cache=cache, run=run, reference=reference, where=where))
+        found.append(killed(number, victim, at=at, delay_s=delay, reference=reference, campaign=campaign, where=where))
         print(json.dumps(asdict(found[-1])), file=sys.stderr, flush=True)
-        shutil.rmtree(run)
     return found
 
 
@@ -221,7 +229,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soul-kills-") as folder, nodes() as where:
-        found = campaign(options.kills, options.seed, Path(folder), where)
+        campaign = Campaign(Path(folder), write_tofu(Path(folder) / "tofu"), Path(folder) / "cache", TWO_WORKERS)
+        found = carry_out(campaign, options.kills, options.seed, where)
     print(table(found))
     return os.EX_OK if all(kill.same for kill in found) else os.EX_SOFTWARE
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.orchestration.kills import VICTIMS, Nodes, campaign, nodes, table
+from tests.orchestration.kills import ONE_WORKER, VICTIMS, Campaign, Nodes, carry_out, nodes, table
+from tests.orchestration.mini import Finished
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(3600)]
 
@@ -18,8 +19,10 @@ def where() -> Iterator[Nodes]:
         yield made
 
 
-def test_three_kills_change_nothing(where: Nodes, tmp_path: Path) -> None:
-    found = campaign(len(VICTIMS), 1, tmp_path, where)
+def test_three_kills_change_nothing(finished: Finished, where: Nodes, tmp_path: Path) -> None:
+    assert finished.config.cache_folder is not None
+    campaign = Campaign(tmp_path, finished.data, Path(finished.config.cache_folder), ONE_WORKER)
+    found = carry_out(campaign, len(VICTIMS), 1, where)
     assert [kill.victim for kill in found] == list(VICTIMS)
     assert all(kill.same for kill in found), table(found)
     assert next(kill for kill in found if kill.victim == "driver").drivers == 2

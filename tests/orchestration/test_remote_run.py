@@ -124,6 +124,7 @@ def leave_a_half_checkpoint(uri: str) -> None:
     put_bytes(f"{uri}/checkpoints/{last.rpartition('/')[0]}/step_{STEPS - 3:08d}/__0_0.distcp", data[: len(data) // 2])
 
 
+@pytest.mark.slow
 def test_a_killed_driver_is_continued_on_an_empty_machine(
     remote: Remote, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -223,6 +223,7 @@ def pids() -> dict[str, set[int]]:
     return {name: {replica["pid"] for replica in told["replicas"]} for name, told in deployments.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # three processes that import torch, on a machine that may be busy
 def test_a_cluster_takes_the_config_file_and_its_changes_in_place(server: Server) -> None:
     """What `serve deploy` does with the file that --build writes; a later change of what is hosted restarts no replica."""
