@@ -67,7 +67,6 @@ def children(name: str) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.slow  # test_kills.py has a shorter one
 def test_a_killed_worker_is_replaced_and_changes_nothing(finished: Finished, uninterrupted: Path, tmp_path: Path) -> None:
     killed: list[int] = []
 

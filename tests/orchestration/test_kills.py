@@ -10,7 +10,7 @@ import pytest
 from tests.orchestration.kills import ONE_WORKER, VICTIMS, Campaign, Nodes, carry_out, nodes, table
 from tests.orchestration.mini import Finished
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="module")
