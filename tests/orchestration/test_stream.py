@@ -210,6 +210,7 @@ def test_whatever_changes_the_ids_changes_the_store(folder: Path, tmp_path: Path
     """Keys only: the work is cut short behind them."""
 
     def key(rows: Any, settings: TokenSettings) -> str:
+        monkeypatch.setattr(tokens, "pull", lambda path: True)
         monkeypatch.setattr(tokens, "is_store", lambda path: True)
         monkeypatch.setattr(tokens, "store_facts", lambda path: {"checked_against": getattr(rows, "checked_against", lambda: None)()})
         return tokenise(rows, "retain", settings, cache=tmp_path).name
