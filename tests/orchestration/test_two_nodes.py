@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +21,6 @@ from soul.orchestration.evaluate import Judge
 from soul.orchestration.progress import Display
 from soul.orchestration.trial import judge_here
 from soul.store import COPIES_VARIABLE, local
-from tests.conftest import SESSION_DIR
 from tests.orchestration.mini import Finished, fingerprint, mini, start
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
@@ -40,7 +41,8 @@ cluster.shutdown()
 @contextmanager
 def nodes_of_one_cpu(*copies: Path) -> Iterator[str]:
     """The address of a cluster with one node for each of these folders."""
-    command = [sys.executable, "-c", CLUSTER, str(SESSION_DIR / "nodes"), *map(str, copies)]
+    folder = tempfile.mkdtemp(prefix="soul-nodes-")  # short: Ray puts sockets below it
+    command = [sys.executable, "-c", CLUSTER, folder, *map(str, copies)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert process.stdout is not None
@@ -49,6 +51,7 @@ def nodes_of_one_cpu(*copies: Path) -> Iterator[str]:
         yield address
     finally:
         process.communicate(timeout=120)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.slow
