@@ -24,7 +24,7 @@ from typing import Any, Final
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import requests
 import torch
 import yaml
@@ -84,7 +84,7 @@ def throughput(folder: Path, prompts: Sequence[list[int]]) -> dict[str, float]:
     torch.set_num_threads(1)
     model, tokenizer = load_model(str(folder)).eval(), load_tokenizer(str(folder))
     batch = list(prompts[:BATCH])
-    eos_ids = stop_ids(model, tokenizer)
+    eos_ids = stop_ids(model.generation_config, tokenizer)
     session = requests.Session()
 
     def raw() -> int:

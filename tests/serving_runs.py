@@ -14,7 +14,7 @@ from soul.models.load import save_model
 from soul.models.tiny import TinyConfig, tiny_model, tiny_tokenizer
 from soul.report.seal import make_seal
 
-TINY = TinyConfig(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, vocab_size=600, max_length=256)
+TINY = TinyConfig(hidden_size=64, intermediate_size=64, num_layers=2, num_heads=2, vocab_size=600, max_length=256)
 Numbers = Mapping[str, tuple[float, float, float] | None]
 PASSING = {"target": (0.95, 0.90, 0.60), "unlearned": (0.33, 0.50, 0.58), "retrained": (0.30, 0.48, 0.59)}
 

@@ -62,7 +62,12 @@ def evaluate_model(
 ) -> Evaluation:
     """Evaluate in this process a model that lies on `device`. `progress` hears (batches done, batches in all)."""
     plan = plan_evaluation(
-        splits, tokenizer, settings, chat=chat or ChatFormat(), eos_ids=stop_ids(model, tokenizer), max_length=positions(model.config)
+        splits,
+        tokenizer,
+        settings,
+        chat=chat or ChatFormat(),
+        eos_ids=stop_ids(model.generation_config, tokenizer),
+        max_length=positions(model.config),
     )
     results: list[ItemResult] = []
     for item in plan.items:

@@ -6,7 +6,7 @@ often never emits EOS: every row then costs the whole cap, ten times what a good
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,11 +17,20 @@ from soul.evaluate.likelihood import evaluation_mode
 from soul.records import InputError
 
 
-def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def stop_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Every token that ends an answer: the tokenizer's EOS, and the end-of-turn tokens that chat models name beside it."""
-    named = model.generation_config.eos_token_id if model.generation_config is not None else None
+    named = generation.eos_token_id if generation is not None else None
     ids = named if isinstance(named, list) else [named]
     return tuple(sorted({token for token in [tokenizer.eos_token_id, *ids] if isinstance(token, int)}))
+
+
+def stop_ids_of(folder: str, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None = None) -> tuple[int, ...]:
+    """As `stop_ids`, from the folder's (or hub id's) generation config, without loading the weights."""
+    try:
+        generation = GenerationConfig.from_pretrained(folder, **(options or {}))
+    except OSError:  # it has none: EOS alone ends an answer
+        generation = None
+    return stop_ids(generation, tokenizer)
 
 
 def check_room(prompts: Sequence[Sequence[int]], *, max_new_tokens: int, positions: int) -> None:

@@ -8,20 +8,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import ray
 import torch
 from pydantic import TypeAdapter
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from soul.config import Config, EvaluateConfig
 from soul.data.chat import ChatFormat
 from soul.data.sources import fingerprint
 from soul.evaluate.eval_log import EvalLog, finite_columns
 from soul.evaluate.evaluator import Evaluation, finish, positions
-from soul.evaluate.generate import stop_ids
+from soul.evaluate.generate import stop_ids_of
 from soul.evaluate.plan import EvalPlan, ItemResult, WorkItem, plan_evaluation, run_item
 from soul.models.load import load_model, load_tokenizer
 from soul.orchestration.capacity import gpus_per_task
@@ -137,12 +136,3 @@ class Judge:
             for record, generated in zip(self.sources.evaluated[split][:NUM_SAMPLES], evaluation.generations.get(split, ()), strict=False)
         ]
         write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def stop_ids_of(model: str, tokenizer: Any, options: dict[str, Any]) -> tuple[int, ...]:
-    """The ids that end an answer, from the folder's generation config, without loading the weights."""
-    try:
-        generation_config = GenerationConfig.from_pretrained(model, **options)
-    except OSError:  # the folder has none: EOS alone ends an answer
-        generation_config = None
-    return stop_ids(SimpleNamespace(generation_config=generation_config), tokenizer)  # type: ignore[arg-type]

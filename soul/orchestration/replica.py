@@ -87,9 +87,7 @@ class Generator:
 
     def _load_by_key(self) -> Callable[[str], Coroutine[Any, Any, Engine]]:
         async def load(key: str) -> Engine:
-            limits = self._limits
-            spec = self._specs[key]
-            engine = await asyncio.to_thread(load_engine, spec, max_rows=limits.max_rows, max_batch_tokens=limits.max_batch_tokens)
+            engine = await asyncio.to_thread(load_engine, self._specs[key], self._config.engine_settings)
             self._loaded = [*(other for other in self._loaded if other.is_open), engine]
             return engine
 

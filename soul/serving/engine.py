@@ -1,213 +1,93 @@
-"""A loaded model and the thread that works for it: prompts join the running batch, questions of likelihood are answered in between."""
+"""What has a loaded model: the interface that a request's work is written against, and how one is loaded for it."""
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections import deque
+import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, Protocol
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from soul.evaluate.evaluator import positions
-from soul.evaluate.generate import stop_ids
-from soul.models.load import load_model, load_tokenizer
 from soul.records import InputError
 from soul.report.seal import model_sha256
-from soul.serving.decoder import End, Row, RunningBatch
-from soul.serving.likelihood import Likelihood, likelihoods
+from soul.serving.decoder import End, Row
+from soul.serving.likelihood import Likelihood
+from soul.serving.settings import EngineKind, EngineSettings
 from soul.serving.work import ModelSpec
 from soul.store import local
 
 Watch = Callable[[Row, int, End | None], None]
-MAX_FAILURES = 3
-LOG = logging.getLogger(__name__)
+Settle = Callable[[list[Likelihood] | None], None]
 
 
-@dataclass(eq=False, slots=True)
-class _Job:
-    """A row; `watch` is called with it, its number of tokens and its end, from the engine's thread: at every step, or at its end only."""
+class Engine(Protocol):
+    """Called from any thread; calls back from its own. `positions`: the longest row, prompt and answer together."""
 
-    row: Row
-    watch: Watch
-    every_step: bool
-
-
-@dataclass(eq=False, slots=True)
-class _Question:
-    rows: Sequence[Sequence[int]]
-    num_top: int
-    answer: Callable[[list[Likelihood] | None], None]
-
-
-class Engine:
-    """`max_rows` and `max_batch_tokens` (cached positions, padding included) bound what is decoded together."""
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_rows: int, max_batch_tokens: int) -> None:
-        if getattr(model, "_is_stateful", False):
-            raise InputError(
-                f"{type(model).__name__} keeps a recurrent state, which cannot be batched here. Serve an attention-only model."
-            )
-        self.tokenizer = tokenizer
-        self.eos_ids = stop_ids(model, tokenizer)
-        self.vocab_size = int(model.config.get_text_config().vocab_size)
-        self.positions = positions(model.config)
-        self.num_failures = 0  # in a row
-        self._model = model
-        self._max_rows, self._max_batch_tokens = max_rows, max_batch_tokens
-        self._batch = RunningBatch(model)
-        self._jobs: dict[Row, _Job] = {}
-        self._waiting: deque[Row] = deque()
-        self._questions: deque[_Question] = deque()
-        self._wake = threading.Condition()
-        self._closed = False
-        self._thread = threading.Thread(target=self._work, name="soul-engine", daemon=True)
-        self._thread.start()
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: tuple[int, ...]
+    vocab_size: int
+    positions: int
 
     def submit(self, rows: Sequence[Row], watch: Watch, *, every_step: bool) -> bool:
-        """Queue rows in order. False if the engine has been closed: ask for a new one."""
-        with self._wake:
-            if self._closed:
-                return False
-            for row in rows:
-                self._jobs[row] = _Job(row, watch, every_step)
-                self._waiting.append(row)
-            self._wake.notify()
-        return True
+        """Queue rows in order. `watch` gets a row, its number of tokens and its end: as it grows, or at its end only.
 
-    def ask(self, rows: Sequence[Sequence[int]], num_top: int, answer: Callable[[list[Likelihood] | None], None]) -> bool:
-        """Queue a question; the answer (None: it failed) comes from the engine's thread. False if the engine has been closed."""
-        with self._wake:
-            if self._closed:
-                return False
-            self._questions.append(_Question(rows, num_top, answer))
-            self._wake.notify()
-        return True
+        Returns False if the engine has been closed: ask for a new one.
+        """
+
+    def ask(self, rows: Sequence[Sequence[int]], num_top: int, answer: Settle) -> bool:
+        """Queue a question of likelihood; the answer is None if it failed. Returns False if the engine has been closed."""
 
     def cancel(self, rows: Sequence[Row]) -> None:
-        """Nobody waits for these any more: they leave before the next step."""
-        with self._wake:
-            for row in rows:
-                if row in self._jobs and row.end is None:
-                    row.end = "cancelled"
-            self._wake.notify()
+        """Nobody waits for these any more."""
 
     @property
     def num_rows(self) -> int:
         """Rows that are waiting or being decoded."""
-        return len(self._jobs)
 
-    def close(self) -> None:
-        """No new work; what has begun is finished, then the thread ends and the memory is free."""
-        with self._wake:
-            self._closed = True
-            self._wake.notify()
+    @property
+    def is_open(self) -> bool: ...
 
     @property
     def is_well(self) -> bool:
-        """False once the thread is gone, or when step after step has failed."""
-        return self._thread.is_alive() and self.num_failures < MAX_FAILURES
+        """False once it has stopped by itself, or fails again and again."""
 
-    @property
-    def is_open(self) -> bool:
-        return not self._closed
+    def close(self) -> None:
+        """No new work; what has begun is finished, then the memory is free."""
 
     def join(self, timeout_s: float) -> None:
-        self._thread.join(timeout_s)
-
-    def __del__(self) -> None:  # what Ray Serve calls on the model that it evicts
-        self.close()
-
-    def _work(self) -> None:
-        while True:
-            with self._wake:
-                while not (self._waiting or self._questions or self._batch.rows or self._closed):
-                    self._wake.wait()
-                if self._closed and not (self._waiting or self._questions or self._batch.rows):
-                    return
-                question = self._questions.popleft() if self._questions else None
-                rows = self._admissible()
-            if question is not None:
-                self._answer(question)
-            try:
-                if rows:
-                    self._batch.admit(rows)
-                elif self._batch.rows:
-                    self._batch.step()
-                    self.num_failures = 0
-            except RuntimeError as error:  # out of memory is one
-                self._fail(rows, error)
-            self._tell()
-
-    def _admissible(self) -> list[Row]:
-        """The waiting rows that fit, first come first served; one alone always fits. Cancelled ones are let go."""
-        for row in [row for row in self._waiting if row.end is not None]:
-            self._waiting.remove(row)
-            del self._jobs[row]
-        running = [row for row in self._batch.rows if row.end is None]
-        longest = max((row.most_positions for row in running), default=0)
-        chosen: list[Row] = []
-        while self._waiting:
-            count = len(running) + len(chosen) + 1
-            longest = max(longest, self._waiting[0].most_positions)
-            if count > 1 and (count > self._max_rows or count * longest > self._max_batch_tokens):
-                break
-            chosen.append(self._waiting.popleft())
-        return chosen
-
-    def _tell(self) -> None:
-        """Report progress, and forget the rows that have ended."""
-        done = self._batch.release()
-        jobs = [self._jobs[row] for row in done]
-        with self._wake:
-            for row in done:
-                del self._jobs[row]
-        for job in jobs:
-            job.watch(job.row, len(job.row.tokens), job.row.end)
-        for row in self._batch.rows:  # one that is cancelled at this moment leaves after the next step
-            job = self._jobs[row]
-            if job.every_step:
-                job.watch(row, len(row.tokens), None)
-
-    def _answer(self, question: _Question) -> None:
-        try:
-            found = likelihoods(self._model, question.rows, question.num_top)
-        except RuntimeError as error:
-            self._note(error)
-            question.answer(None)
-        else:
-            question.answer(found)
-
-    def _fail(self, joining: Sequence[Row], error: RuntimeError) -> None:
-        """A step has failed: every row in it ends, the engine goes on with an empty batch."""
-        self._note(error)
-        lost = {*self._batch.rows, *joining}
-        self._batch.clear()
-        for row in lost:
-            row.end = "broken"
-            with self._wake:
-                job = self._jobs.pop(row)
-            job.watch(row, len(row.tokens), row.end)
-
-    def _note(self, error: RuntimeError) -> None:
-        self.num_failures += 1
-        LOG.error("a step of the model failed (%s)", type(error).__name__)
+        """Wait until a closed engine has ended."""
 
 
-def load_engine(spec: ModelSpec, *, max_rows: int, max_batch_tokens: int) -> Engine:
+def chosen(wanted: EngineKind) -> Literal["transformers", "vllm"]:
+    """What `auto` stands for here.
+
+    Raises:
+        InputError: vLLM is wanted and not installed.
+    """
+    if wanted == "transformers" or (wanted == "auto" and not torch.cuda.is_available()):
+        return "transformers"
+    if importlib.util.find_spec("vllm") is not None:
+        return "vllm"
+    if wanted == "vllm":
+        raise InputError("vLLM is not installed where the replica runs. Install soul with its extra llm there, or serve with transformers.")
+    return "transformers"
+
+
+def load_engine(spec: ModelSpec, settings: EngineSettings) -> Engine:
     """Load a model whose files are still the ones that the gate has seen.
 
     Raises:
         InputError: they are not, or cannot be loaded.
     """
-    folder = local(spec.folder)
-    if model_sha256(Path(folder)) != spec.sha256:
+    folder = Path(local(spec.folder))
+    if model_sha256(folder) != spec.sha256:
         raise InputError("the model's files have changed since they were checked. Evaluate them and let the server read the run again.")
-    on_gpu = torch.cuda.is_available()
-    model = load_model(folder, dtype=torch.bfloat16 if on_gpu else torch.float32).eval()
-    if on_gpu:
-        model.to("cuda")
-    return Engine(model, load_tokenizer(folder), max_rows=max_rows, max_batch_tokens=max_batch_tokens)
+    if chosen(settings.kind) == "vllm":
+        from soul.serving.vllm_engine import load_vllm_engine
+
+        return load_vllm_engine(folder, settings)
+    from soul.serving.torch_engine import load_torch_engine
+
+    return load_torch_engine(folder, settings)

@@ -27,6 +27,11 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     add("--replicas", type=int, metavar="N", help="replicas that hold models [default: 1]")
     add("--max-models", type=int, metavar="N", help="models that a replica holds; the least recently used one makes room [default: 4]")
     add("--gpus-per-replica", type=float, metavar="N", help="GPUs of a replica [default: 0]")
+    add(
+        "--engine",
+        choices=["auto", "transformers", "vllm"],
+        help="what runs the models; auto: vLLM on a GPU where it is installed, else transformers [default: auto]",
+    )
     add("--build", metavar="FILE", help="write a config file for `serve deploy` on a cluster, and serve nothing")
     add("--address", metavar="ADDRESS", help="Ray cluster to join [default: RAY_ADDRESS, else a local Ray]")
     add("--verbose", action="store_true", help="log more, and show tracebacks of bad input")
@@ -47,7 +52,7 @@ def serve_overrides(parsed: argparse.Namespace, policy: dict[str, Any] | None) -
         hosting["policy"] = policy
     if parsed.allow_unevaluated:
         hosting["allow_unevaluated"] = True
-    replicas = {"max_models": parsed.max_models, "num_gpus": parsed.gpus_per_replica}
+    replicas = {"max_models": parsed.max_models, "num_gpus": parsed.gpus_per_replica, "engine": parsed.engine}
     replicas |= {"minimum": parsed.replicas, "maximum": parsed.replicas}
     if parsed.config is not None and hosting:
         raise InputError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -13,11 +14,24 @@ from soul.store import is_uri
 ModelId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
 Count = Annotated[int, Field(ge=1, strict=True)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+EngineKind = Literal["auto", "transformers", "vllm"]
 LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What one loaded model may use. `max_models`: how many share a replica's `num_gpus` GPUs."""
+
+    kind: EngineKind = "auto"
+    max_rows: int = 32
+    max_batch_tokens: int = 65_536
+    max_top: int = 20
+    max_models: int = 1
+    num_gpus: float = 0.0
 
 
 class Limits(_Section):
@@ -46,8 +60,10 @@ class Replicas(_Section):
     """`maximum` above `minimum` lets Serve add replicas while each has more than `target_requests` in flight.
 
     `gateways`: processes with the routes. Two keep answering while one is replaced or lost.
+    `engine`: what runs the models; auto is vLLM on a GPU where it is installed, else transformers.
     """
 
+    engine: EngineKind = "auto"
     gateways: Count = 1
     minimum: Count = 1
     maximum: Count = 1
@@ -106,6 +122,11 @@ class ServeConfig(_Section):
     @property
     def on_loopback(self) -> bool:
         return self.host in LOOPBACK
+
+    @property
+    def engine_settings(self) -> EngineSettings:
+        limits, size = self.limits, self.replicas
+        return EngineSettings(size.engine, limits.max_rows, limits.max_batch_tokens, limits.max_top, size.max_models, size.num_gpus)
 
     @property
     def max_in_flight(self) -> int:

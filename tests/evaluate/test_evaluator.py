@@ -37,7 +37,9 @@ def evaluation(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, spli
 
 
 def make_plan(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, splits: Splits, settings: EvalSettings = SETTINGS) -> EvalPlan:
-    return plan_evaluation(splits, tokenizer, settings, chat=ChatFormat(), eos_ids=stop_ids(model, tokenizer), max_length=160)
+    return plan_evaluation(
+        splits, tokenizer, settings, chat=ChatFormat(), eos_ids=stop_ids(model.generation_config, tokenizer), max_length=160
+    )
 
 
 def mean_nll(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str) -> float:
@@ -53,7 +55,7 @@ def test_a_row_that_is_too_long_is_an_error_unless_it_may_be_cut(
 ) -> None:
     long = replace(splits["forget"][0], response="many words " * 60)
     rows = {"forget": [long, *splits["forget"][1:3]]}
-    options: dict[str, Any] = {"chat": ChatFormat(), "eos_ids": stop_ids(model, tokenizer), "max_length": 160}
+    options: dict[str, Any] = {"chat": ChatFormat(), "eos_ids": stop_ids(model.generation_config, tokenizer), "max_length": 160}
     with pytest.raises(InputError, match=r"Give --max-length 160 \(or less\) to cut the ends of long answers") as caught:
         plan_evaluation(rows, tokenizer, SETTINGS, **options)
     assert "many words" not in str(caught.value)

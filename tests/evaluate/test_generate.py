@@ -72,9 +72,9 @@ def test_stop_ids_join_the_models_and_the_tokenizers(model: LlamaForCausalLM, to
     saved = model.generation_config
     try:
         model.generation_config = GenerationConfig(eos_token_id=[7, 5])
-        assert stop_ids(model, tokenizer) == tuple(sorted({5, 7, tokenizer.eos_token_id}))
+        assert stop_ids(model.generation_config, tokenizer) == tuple(sorted({5, 7, tokenizer.eos_token_id}))
         model.generation_config = GenerationConfig()
-        assert stop_ids(model, tokenizer) == (tokenizer.eos_token_id,)
+        assert stop_ids(model.generation_config, tokenizer) == (tokenizer.eos_token_id,)
     finally:
         model.generation_config = saved
 

@@ -17,7 +17,7 @@ from soul.models.load import load_model, load_tokenizer
 from soul.serving.decoder import RunningBatch
 from soul.serving.gate import Hashes, read_catalogue
 from soul.serving.settings import Hosting, ServeConfig
-from tests.serving.conftest import KEY, LIMITS, InProcess, Served, serve
+from tests.serving.conftest import KEY, LIMITS, SECONDS, InProcess, Served, serve
 
 PROMPTS = ["Question: Who wrote it?\nAnswer:", "The", "Who is the author of the book that was written in the town of"]
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -31,7 +31,9 @@ def good(served: Served) -> Loaded:
 
 def greedy(good: Loaded, ids: list[int], most: int) -> str:
     model, tokenizer = good
-    tokens = generate_batch(model, [ids], pad_id=0, eos_ids=stop_ids(*good), max_new_tokens=most, device=torch.device("cpu"))[0]
+    tokens = generate_batch(
+        model, [ids], pad_id=0, eos_ids=stop_ids(good[0].generation_config, good[1]), max_new_tokens=most, device=torch.device("cpu")
+    )[0]
     return str(tokenizer.decode([*ids, *tokens])).removeprefix(str(tokenizer.decode(ids)))
 
 
@@ -234,14 +236,17 @@ def test_an_unevaluated_model_is_marked_wherever_it_shows(runs: dict[str, str]) 
     hosting = Hosting(runs={"bad": runs["bad"]}, allow_unevaluated=True)
     backend = InProcess(LIMITS)
     for url in serve(ServeConfig(hosting=hosting), backend, read_catalogue(hosting, on_loopback=True, hashes=Hashes())):
-        listed = {model["id"]: model for model in requests.get(f"{url}/v1/models", timeout=10).json()["data"]}
+        listed = {model["id"]: model for model in requests.get(f"{url}/v1/models", timeout=SECONDS).json()["data"]}
         assert not listed["bad"]["evaluated"] and listed["bad.target"]["evaluated"]
-        assert "does not pass" in requests.get(f"{url}/v1/models/bad/report", timeout=10).json()["reason"]
+        assert "does not pass" in requests.get(f"{url}/v1/models/bad/report", timeout=SECONDS).json()["reason"]
         for stream in (False, True):
             body = {"model": "bad", "prompt": "The", "max_tokens": 2, "stream": stream}
-            reply = requests.post(f"{url}/v1/completions", json=body, timeout=10)
+            reply = requests.post(f"{url}/v1/completions", json=body, timeout=SECONDS)
             assert reply.ok and "not approved" in reply.headers["x-soul-warning"]
-            assert "x-soul-warning" not in requests.post(f"{url}/v1/completions", json={**body, "model": "bad.target"}, timeout=10).headers
+            assert (
+                "x-soul-warning"
+                not in requests.post(f"{url}/v1/completions", json={**body, "model": "bad.target"}, timeout=SECONDS).headers
+            )
     for engine in backend.engines.values():
         engine.close()
 

@@ -69,7 +69,7 @@ BAD = [
     Bad("a negative token id", 400, "prompt", {"prompt": [1, -1]}),
     Bad("mixed prompts", 400, "prompt", {"prompt": ["a", 1]}),
     Bad("too many prompts", 400, "limited to 8", {"prompt": ["a"] * 9}),
-    Bad("a prompt beyond the context", 400, "context has 256", {"prompt": "word " * 400}),
+    Bad("a prompt beyond the context", 400, "context has 25", {"prompt": "word " * 400}),
     Bad("an unknown field", 400, "does not know", {"temprature": 1}),
     Bad("a parameter that is not supported", 400, "logit_bias", {"logit_bias": {"5": 100}}),
     Bad("no model", 400, "missing", body=b'{"prompt":"a"}'),

@@ -14,8 +14,10 @@ import pytest
 from soul.records import InputError
 from soul.report.seal import model_sha256
 from soul.serving.decoder import End, Row, RunningBatch, Sampling
-from soul.serving.engine import MAX_FAILURES, Engine, load_engine
+from soul.serving.engine import Engine, load_engine
 from soul.serving.likelihood import Likelihood
+from soul.serving.settings import EngineSettings
+from soul.serving.torch_engine import MAX_FAILURES
 from soul.serving.work import ModelSpec
 from tests.serving_runs import write_model
 
@@ -27,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def engine(folder: Path) -> Iterator[Engine]:
-    made = load_engine(ModelSpec(model_sha256(folder), str(folder)), max_rows=4, max_batch_tokens=10_000)
+    made = load_engine(ModelSpec(model_sha256(folder), str(folder)), EngineSettings(max_rows=4, max_batch_tokens=10_000))
     yield made
     made.close()
     made.join(10)
@@ -123,4 +125,4 @@ def test_questions_are_answered_while_rows_run(engine: Engine) -> None:
 
 def test_files_that_changed_since_the_gate_are_not_loaded(folder: Path) -> None:
     with pytest.raises(InputError, match="have changed"):
-        load_engine(ModelSpec("0" * 64, str(folder)), max_rows=4, max_batch_tokens=1000)
+        load_engine(ModelSpec("0" * 64, str(folder)), EngineSettings())
