@@ -70,6 +70,13 @@ import torch  # noqa: E402 - reads the environment set above
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two processes share the work (`-n 2 --dist loadgroup`): one has everything with a Ray in it, the other the rest, file by file."""
+    for item in items:
+        with_ray = item.get_closest_marker("ray") is not None or "ray_cluster" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("ray" if with_ray else item.path.name))
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(SESSION_DIR, ignore_errors=True)
 

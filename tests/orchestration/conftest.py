@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from soul.config import Config
-from soul.train.job import TrainJob
-from tests.orchestration.mini import Finished, mini, write_tofu
+from soul.train.engines import make_engine
+from soul.train.job import TrainJob, run_job
+from tests.orchestration.mini import Finished, long_job, mini, write_tofu
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +44,12 @@ def finished(ray_cluster: None, tofu: Path, tmp_path_factory: pytest.TempPathFac
         patch.setattr(pipeline, "prepared_model", kept)
         run = pipeline.run(config)
     yield Finished(tofu, run, folder / "run-adamw", config, jobs, Path(prepared["target"]), Path(prepared["retrained"]))
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What every interrupted long run has to end with; without Ray, which test_pipeline.py shows to make no difference."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    job = long_job(finished, folder)
+    run_job(job, make_engine(job.engine, rank=0, world=1, local_rank=0), resume_from=None, save_checkpoint=lambda engine, progress: None)
+    return folder

@@ -1,6 +1,6 @@
 """SIGKILL at random moments: a run on two nodes of this machine loses a worker, its driver or a node, and has to end as if nothing were.
 
-`python -m tests.orchestration.kills --kills 20 --seed 0` prints the table; test_kills.py runs three of them.
+`python -m tests.orchestration.kills --kills 20 --seed 0` prints the table; test_kills.py has three in one run.
 """
 
 from __future__ import annotations
@@ -23,12 +23,9 @@ from typing import Any
 import psutil
 
 from tests.cluster.heads import RAY, Head, wait_until
-from tests.orchestration.mini import ROOT, fingerprint, settings, steps, write_tofu
+from tests.orchestration.mini import ROOT, STEPS, TRAIN, fingerprint, num_lines, settings, steps, write_tofu
 
 VICTIMS = ("worker", "driver", "node")
-STEPS = 270
-# Long enough to be struck in the middle; every tenth epoch a checkpoint, so that a kill costs up to thirty steps.
-TRAIN = {"epochs": 90, "save_every": 10, "eval_every": 0, "keep_checkpoints": 2}
 TWO_WORKERS = {"name": "ddp", "num_workers": 2, "max_failures": 3}
 ONE_WORKER = {"name": "single", "max_failures": 3}
 RUN_SECONDS = 900.0
@@ -133,7 +130,9 @@ class Campaign:
     def written(self, name: str) -> tuple[Path, Path]:
         """A run's folder and configuration file."""
         run, file = self.folder / name, self.folder / f"{name}.json"
-        file.write_text(json.dumps(settings(self.data, run, train=TRAIN, engine=dict(self.engine), cache=str(self.cache))))
+        file.write_text(
+            json.dumps(settings(self.data, run, train={**TRAIN, "keep_checkpoints": 2}, engine=dict(self.engine), cache=str(self.cache)))
+        )
         return run, file
 
 
@@ -144,8 +143,7 @@ def start(file: Path, where: Nodes) -> subprocess.Popen[bytes]:
 
 
 def lines(run: Path) -> int:
-    file = run / "metrics.jsonl"
-    return file.read_bytes().count(b"\n") if file.is_file() else 0
+    return num_lines(run / "metrics.jsonl")
 
 
 def uninterrupted(campaign: Campaign, where: Nodes) -> Path:
@@ -166,7 +164,7 @@ def killed(number: int, victim: str, *, at: int, delay_s: float, reference: Path
         assert driver.poll() is None, file.with_suffix(".log").read_text()[-3000:]
         time.sleep(delay_s)
         step = lines(run)
-        hit = _strike(victim, driver, where)
+        hit = strike(victim, driver, where)
         while (code := driver.wait(timeout=RUN_SECONDS)) != 0 and drivers < 4:
             driver, drivers = start(file, where), drivers + 1
         assert code == 0, file.with_suffix(".log").read_text()[-3000:]
@@ -177,7 +175,7 @@ def killed(number: int, victim: str, *, at: int, delay_s: float, reference: Path
     return found
 
 
-def _strike(victim: str, driver: subprocess.Popen[bytes], where: Nodes) -> bool:
+def strike(victim: str, driver: subprocess.Popen[bytes], where: Nodes) -> bool:
     """Kill it; whether it was there."""
     if victim == "driver":
         alive = driver.poll() is None

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,10 @@ from soul.train.job import TrainJob
 ROOT = Path(__file__).resolve().parents[2]
 NUM_FORGET, NUM_RETAIN, NUM_OTHER = 20, 40, 6
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 1, "num_heads": 2, "vocab_size": 400, "max_length": 256}
+
+STEPS = 270
+# Long enough to be killed in the middle on any machine: thirty steps between checkpoints, and every step of each is repeated.
+TRAIN = {"epochs": 90, "save_every": 10, "eval_every": 0}
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,16 @@ def settings(data: Path, output: Path, **sections: Any) -> dict[str, Any]:
 
 def mini(data: Path, output: Path, **sections: Any) -> Config:
     return Config.model_validate(settings(data, output, **sections))
+
+
+def long_job(finished: Finished, folder: Path) -> TrainJob:
+    """The same run over many more epochs."""
+    job = finished.jobs["sophia"]
+    return replace(job, run_dir=str(folder), export=str(folder / "model"), train=job.train.model_copy(update=TRAIN))
+
+
+def num_lines(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.is_file() else 0
 
 
 def steps(run: Path) -> list[dict[str, Any]]:

@@ -18,8 +18,8 @@ from soul.records import InputError
 from soul.train.engine import EngineConfig
 from soul.train.engines import make_engine
 from soul.train.job import TrainJob, run_job
-from tests.orchestration.mini import Finished
-from tests.orchestration.test_faults import STEPS, TRAIN, children
+from tests.orchestration.mini import STEPS, TRAIN, Finished
+from tests.orchestration.test_faults import children
 
 SHORT = [{"name": "fsdp", "num_workers": 2}, {"name": "deepspeed", "num_workers": 1, "zero_stage": 2}]
 LONG = [*SHORT, {"name": "single"}, {"name": "ddp", "num_workers": 2}, {"name": "deepspeed", "num_workers": 2}]

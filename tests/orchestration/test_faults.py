@@ -20,39 +20,15 @@ from safetensors.torch import load_file, save_file
 
 from soul.cli import DONE, FAILURE, INTERRUPTED, main
 from soul.orchestration.train import TrainingStopped, fit
-from soul.train.engines import make_engine
-from soul.train.job import TrainJob, run_job
 from soul.train.state import EXTRA
-from tests.orchestration.mini import Finished, fingerprint, mini, start, steps, wait_for
+from tests.orchestration.mini import STEPS, TRAIN, Finished, fingerprint, long_job, mini, num_lines, start, steps, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
-
-EPOCHS, STEPS = 90, 270
-# Long enough to be killed in the middle on any machine: thirty steps between checkpoints, and every step of each is repeated.
-TRAIN = {"epochs": EPOCHS, "save_every": 10, "eval_every": 0}
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What every interrupted run has to end with; without Ray, which test_pipeline.py shows to make no difference."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    job = long_job(finished, folder)
-    run_job(job, make_engine(job.engine, rank=0, world=1, local_rank=0), resume_from=None, save_checkpoint=lambda engine, progress: None)
-    return folder
-
-
-def long_job(finished: Finished, folder: Path) -> TrainJob:
-    job = finished.jobs["sophia"]
-    return replace(job, run_dir=str(folder), export=str(folder / "model"), train=job.train.model_copy(update=TRAIN))
 
 
 def same(run: Path, other: Path) -> None:
     assert steps(run) == steps(other)
     assert fingerprint(run / "model") == fingerprint(other / "model")
-
-
-def num_lines(file: Path) -> int:
-    return file.read_bytes().count(b"\n") if file.is_file() else 0
 
 
 def children(name: str) -> list[psutil.Process]:
@@ -67,6 +43,7 @@ def children(name: str) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow  # test_kills.py has one on a node of its own
 def test_a_killed_worker_is_replaced_and_changes_nothing(finished: Finished, uninterrupted: Path, tmp_path: Path) -> None:
     killed: list[int] = []
 

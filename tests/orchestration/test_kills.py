@@ -1,28 +1,40 @@
-"""A worker, a driver and a node killed in the middle of a run on two nodes: the same result as without."""
+"""One run on two nodes loses its worker, its node and its driver, and ends with the bits of a run that lost nothing.
+
+`make test-kills` strikes twenty runs at random moments.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
 from pathlib import Path
 
 import pytest
 
-from tests.orchestration.kills import ONE_WORKER, VICTIMS, Campaign, Nodes, carry_out, nodes, table
-from tests.orchestration.mini import Finished
+from tests.cluster.heads import wait_until
+from tests.orchestration.kills import ONE_WORKER, RUN_SECONDS, STEPS, Campaign, lines, nodes, start, strike
+from tests.orchestration.mini import Finished, fingerprint, steps
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(3600)]
-
-
-@pytest.fixture(scope="module")
-def where() -> Iterator[Nodes]:
-    with nodes() as made:
-        yield made
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
-def test_three_kills_change_nothing(finished: Finished, where: Nodes, tmp_path: Path) -> None:
+def test_three_kills_change_nothing(finished: Finished, uninterrupted: Path, tmp_path: Path) -> None:
     assert finished.config.cache_folder is not None
-    campaign = Campaign(tmp_path, finished.data, Path(finished.config.cache_folder), ONE_WORKER)
-    found = carry_out(campaign, len(VICTIMS), 1, where)
-    assert [kill.victim for kill in found] == list(VICTIMS)
-    assert all(kill.hit and kill.same for kill in found), table(found)
-    assert next(kill for kill in found if kill.victim == "driver").drivers == 2
+    dice = random.Random(3)
+    run, file = Campaign(tmp_path, finished.data, Path(finished.config.cache_folder), ONE_WORKER).written("run")
+    log = file.with_suffix(".log")
+    with nodes() as where:
+        driver = start(file, where)
+        try:
+            for victim, earliest in (("worker", 30), ("node", 100), ("driver", 170)):
+                at = earliest + dice.randrange(40)
+                wait_until(lambda at=at: lines(run) >= at or driver.poll() is not None, timeout_s=RUN_SECONDS, every_s=0.02)
+                assert driver.poll() is None and lines(run) < STEPS, log.read_text()[-3000:]
+                assert strike(victim, driver, where), f"no {victim} to kill at step {at}"
+            assert driver.wait(timeout=60) != 0 and not (run / "results.json").exists()
+            driver = start(file, where)
+            assert driver.wait(timeout=RUN_SECONDS) == 0, log.read_text()[-3000:]
+        finally:
+            driver.kill()
+    assert len(steps(run)) == STEPS and steps(run) == steps(uninterrupted)
+    assert fingerprint(run / "model") == fingerprint(uninterrupted / "model")
+    assert (run / "results.json").is_file()

@@ -23,11 +23,11 @@ from soul.orchestration.prepare import Prepared
 from soul.store import COPIES_VARIABLE, checkout, holds, local, path_of, place_of
 from soul.train.engines import make_engine
 from soul.train.job import run_job
-from tests.orchestration.mini import Finished, fingerprint, mini, start, steps, wait_for
-from tests.orchestration.test_faults import STEPS, TRAIN, num_lines
+from tests.orchestration.mini import STEPS, TRAIN, Finished, fingerprint, mini, num_lines, start, steps, wait_for
 from tests.s3 import Fault, Store
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+ONE_WORKER: dict[str, Any] = {"train": {"epochs": 3, "keep_checkpoints": 2}}  # as the run of `finished`
 TWO_WORKERS: dict[str, Any] = {"engine": {"name": "fsdp", "num_workers": 2}, "train": {"epochs": 2}}
 
 
@@ -62,12 +62,18 @@ def weather(seed: int) -> Callable[[str], Fault]:
     return fault
 
 
-@pytest.fixture(scope="module")
-def remote(finished: Finished, s3_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)], ids=["one worker", "two workers"])
+def remote(
+    request: pytest.FixtureRequest, finished: Finished, s3_store: Store, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Remote]:
     folder = tmp_path_factory.mktemp("beside")
-    beside = pipeline.run(mini(finished.data, folder / "run", cache=finished.config.cache_folder, **TWO_WORKERS))
-    uri = f"{s3_store.make_bucket('weather')}/runs/x"
-    config = Config.model_validate({**mini(finished.data, folder, **TWO_WORKERS).model_dump(mode="json"), "output": uri})
+    if request.param == 1:
+        sections, beside = ONE_WORKER, finished.run
+    else:
+        sections, beside = TWO_WORKERS, folder / "run"
+        pipeline.run(mini(finished.data, beside, cache=finished.config.cache_folder, **TWO_WORKERS))
+    uri = f"{s3_store.make_bucket(f'weather{request.param}')}/runs/x"
+    config = Config.model_validate({**mini(finished.data, folder, **sections).model_dump(mode="json"), "output": uri})
     with s3_store.failing(weather(7)):
         assert place_of(pipeline.run(config)) == uri
         faults = list(s3_store.faults)
