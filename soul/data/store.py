@@ -44,6 +44,7 @@ def write_part(path: Path, rows: Iterable[tuple[Sequence[int], int]]) -> int:
 
 def finish_store(folder: Path, **facts: object) -> None:
     """Declare the parts in `folder` complete, with whatever `facts` the caller wants to check on reuse."""
+    folder.mkdir(parents=True, exist_ok=True)  # on an object store the parts may all have been written by other nodes
     staging = folder / f".store.{os.getpid()}"
     staging.write_text(json.dumps(facts, sort_keys=True))
     os.replace(staging, folder / STORE)
