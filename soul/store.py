@@ -107,9 +107,15 @@ def checkout(place: str) -> Path:
 
 
 def push(path: Path) -> None:
-    """Let the store have the file, or the folder's files, as they are."""
+    """Let the store have the file, or the folder's files, as they are.
+
+    Raises:
+        FileNotFoundError: there is no such file, which may have been deleted under a run that is at work.
+    """
     if not is_uri(place := place_of(path)):
         return
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is gone. Leave {copies()} alone while a run is at work; the same command continues it.")
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
             send(file, place if file == path else f"{place}/{file.relative_to(path).as_posix()}")

@@ -30,6 +30,12 @@ def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "copies"
 
 
+def test_a_file_that_is_gone_is_not_passed_over(bucket: str) -> None:
+    """A checkpoint must not go to the store without the lines of its steps, which are pushed before it."""
+    with pytest.raises(FileNotFoundError, match=r"metrics.jsonl is gone\. Leave"):
+        push(path_of(f"{bucket}/run/metrics.jsonl"))
+
+
 @pytest.fixture
 def other_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return lambda: monkeypatch.setenv("SOUL_STORE_COPIES", str(tmp_path / "other-copies"))

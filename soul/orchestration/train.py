@@ -106,7 +106,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         with checkpoint.as_directory() as folder:
             return dataclasses.asdict(run(Path(folder)))
     except (NonFiniteLoss, NonFiniteGradient) as error:
-        if engine.rank == 0:
+        if engine.rank == 0 and metrics.exists():
             push(metrics)
         return {"error": str(error)}
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from soul.cli import BAD_INPUT, DONE, main
@@ -150,7 +150,11 @@ def test_a_killed_driver_is_continued_on_an_empty_machine(
         wait_for(lambda: num_lines(metrics) >= 100 or process.poll() is not None, timeout_s=600)
         assert num_lines(metrics) < STEPS, "the run was over before it could be interrupted"
     finally:
-        process.send_signal(signal.SIGKILL)
+        for lost in [
+            psutil.Process(process.pid),
+            *psutil.Process(process.pid).children(recursive=True),
+        ]:  # the machine, not only the driver
+            lost.kill()
         process.communicate(timeout=120)
     assert not holds(path_of(f"{uri}/model")) and read_bytes(f"{uri}/results.json") is None
     shutil.rmtree(tmp_path / "first", ignore_errors=True)
