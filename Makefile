@@ -41,7 +41,7 @@ demo: install ## invented authors, a tiny model, SO-NPO beside its first-order t
 	$(RUN) pipelines/tofu.py --output runs/demo $(ARGS)
 
 test: install ## every test that takes seconds (no GPU, no network)
-	$(RUN) -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadscope $(ARGS)
 
 test-slow: install ## the tests that take minutes
 	$(RUN) -m pytest -m "slow and not gpu" $(ARGS)

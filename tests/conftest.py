@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ from tests.s3 import Store, free_port, store_on_loopback
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
+WITH_RAY = ("tests/orchestration/", "tests/cluster/", "tests/test_harness.py")
 SHARED_DATA = ROOT.parent / "shared" / "data"
 # Short: Ray puts sockets below it, and their paths have room for 107 bytes.
 SESSION_DIR = Path(tempfile.mkdtemp(prefix="soul-"))
@@ -70,11 +72,17 @@ import torch  # noqa: E402 - reads the environment set above
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two processes share the work (`-n 2 --dist loadgroup`): one has everything with a Ray in it, the other the rest, file by file."""
-    for item in items:
-        with_ray = item.get_closest_marker("ray") is not None or "ray_cluster" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("ray" if with_ray else item.path.name))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`-n 2`: one process has everything with a Ray in it, for there is one local cluster; the other the rest, file by file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneCluster(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if file.startswith(WITH_RAY) else file
+
+    return OneCluster(config, log)
 
 
 def pytest_unconfigure() -> None:
