@@ -50,6 +50,8 @@ STORE = {
     "SOUL_STORE_COPIES": str(SESSION_DIR / "copies"),
 }
 
+LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
 
 def _test_folders() -> list[str]:
     """The root, for soul and tests.*, and every folder with tests: Ray workers import a test's functions by its module name."""
@@ -87,6 +89,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(SESSION_DIR, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def no_rank_left_behind() -> Iterator[None]:
+    """A process with torchrun's variables is a rank to transformers and accelerate: the test that leaves them fails, not a later one."""
+    yield
+    left = LAUNCHER & os.environ.keys()
+    for name in left:
+        del os.environ[name]
+    assert not left, f"the test left {sorted(left)} in the environment"
 
 
 @pytest.fixture(scope="session")

@@ -50,6 +50,7 @@ class VllmEngine:
         try:
             self._llm = self._started(self._build(arguments)).result(START_S)
         except BaseException:
+            self._closed = True  # there is nothing for `close` to end
             self._loop.call_soon_threadsafe(self._loop.stop)
             raise
         self._orphans = Orphans(list(children() - before))

@@ -50,7 +50,8 @@ class DeepSpeedEngine:
         self.config = config
         self.rank, self.world = rank, world
         self.device = join_group(rank, world, local_rank)
-        self._deepspeed = import_deepspeed(local_rank, has_gpu=self.device.type == "cuda")
+        self._deepspeed = import_deepspeed(has_gpu=self.device.type == "cuda")
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))  # where DeepSpeed looks for it
         self.model: nn.Module
         self.optimizer: torch.optim.Optimizer
         self._shares: dict[nn.Parameter, Share]
@@ -187,14 +188,13 @@ def zero_settings(config: EngineConfig, *, has_gpu: bool) -> dict[str, Any]:
     }
 
 
-def import_deepspeed(local_rank: int, *, has_gpu: bool) -> Any:
-    """The package, told where it runs, quiet, and without the inference kernel that it would compile for minutes on a CPU.
+def import_deepspeed(*, has_gpu: bool) -> Any:
+    """The package, told what it runs on, quiet, and without the inference kernel that it would compile for minutes on a CPU.
 
     Raises:
         InputError: it is not installed.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_gpu else "cpu")
-    os.environ.setdefault("LOCAL_RANK", str(local_rank))
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     try:
         import deepspeed

@@ -164,6 +164,29 @@ def test_a_cancelled_row_is_aborted_and_a_closed_engine_finishes_first(stubbed: 
     assert engine.num_rows == 0 and stub.is_down
 
 
+def test_a_start_that_fails_leaves_no_thread(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def build(_: Any) -> Stub:
+        raise RuntimeError("out of memory")
+
+    made: list[VllmEngine] = []
+    begin = VllmEngine._started
+
+    def started(engine: VllmEngine, work: Any) -> Any:
+        made.append(engine)
+        return begin(engine, work)
+
+    monkeypatch.setattr(VllmEngine, "_started", started)
+    monkeypatch.setattr(VllmEngine, "_build", staticmethod(build))
+    monkeypatch.setattr(vllm_engine, "failures", lambda: (ValueError,))
+    arguments: Any = None
+    with pytest.raises(RuntimeError, match="out of memory"):
+        VllmEngine(arguments, load_tokenizer(str(folder)), (EOS,))
+    (half,) = made
+    half.close()  # what its end does
+    half.join(10)
+    assert not half._thread.is_alive() and not half.is_open
+
+
 def test_which_engine_auto_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:
     there: Any = object()
     for on_gpu, spec, wanted in [(False, there, "transformers"), (True, None, "transformers"), (True, there, "vllm")]:

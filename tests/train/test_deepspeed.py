@@ -206,7 +206,7 @@ def test_settings_without_a_meaning_are_refused(settings: dict[str, Any], messag
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(InputError, match=r"needs the deepspeed package.*Install it, or use --engine fsdp"):
-        deepspeed_engine.import_deepspeed(0, has_gpu=False)
+        deepspeed_engine.import_deepspeed(has_gpu=False)
 
 
 def test_other_engines_do_not_import_deepspeed() -> None:

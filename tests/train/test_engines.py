@@ -7,7 +7,6 @@ runs compared for h cut a step alike: two forget rows per micro-batch over all r
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,13 +161,6 @@ def ranks(folder: Path, oracle: dict[str, Any]) -> list[dict[Any, Any]]:
 @pytest.fixture(scope="module")
 def pair(ranks: list[dict[Any, Any]]) -> dict[Any, Any]:
     return ranks[0]
-
-
-@pytest.fixture
-def group_of_one() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def assert_same_run(run: dict[str, Any], reference: dict[str, Any], *, tail: bool = False) -> None:

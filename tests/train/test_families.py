@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -78,13 +78,6 @@ def full_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
         length = int(mask_T.sum())
         found.append(model(input_ids=ids_T[None, :length], use_cache=False).logits[0][wanted_T[:length]])
     return torch.cat(found)
-
-
-@pytest.fixture
-def group_of_one() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
