@@ -8,7 +8,7 @@ tokenising and all metrics included, which theirs is spared.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,7 +141,7 @@ def compare_evaluations(workload: Workload, *, rounds: int, steps: int) -> list[
             for item in batches:
                 run_item(model, item, device=workload.device)
 
-    work = {
+    work: dict[str, Callable[[], object]] = {
         OURS: ours,
         f"{OURS}, generation": our_generation,
         f"{OURS}, no generation": lambda: ours(settings.model_copy(update={"generate": False})),

@@ -307,6 +307,6 @@ def test_trials_that_need_every_cpu_of_the_cluster_wait_for_each_other_and_not_f
     assert [outcome.state for outcome in outcomes] == ["done", "done"]
     ours, single = outcomes[0], read_outcomes(small_grid.all_trials(), Path(small_grid.output))[0]
     assert ours.trial == single.trial and ours.cost["peak_memory_bytes"]
-    for metric in ("probability", "exact_memorization", "nll"):
+    for metric in ("probability", "exact_memorization"):
         for split in ("forget", "retain"):
             assert ours.values[f"{split}.{metric}"] == pytest.approx(single.values[f"{split}.{metric}"], abs=2e-3), (split, metric)
