@@ -21,7 +21,7 @@ from tests.s3 import Store, free_port, store_on_loopback
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
-WITH_RAY = ("tests/orchestration/", "tests/cluster/", "tests/test_harness.py")
+WITH_CLUSTER = ("tests/orchestration/", "tests/test_harness.py")  # tests/cluster has a head of its own
 SHARED_DATA = ROOT.parent / "shared" / "data"
 # Short: Ray puts sockets below it, and their paths have room for 107 bytes.
 SESSION_DIR = Path(tempfile.mkdtemp(prefix="soul-"))
@@ -76,13 +76,13 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """`-n 2`: one process has everything with a Ray in it, for there is one local cluster; the other the rest, file by file."""
+    """`-n 2`: one process has everything that shares the local cluster; the other the rest, file by file."""
     from xdist.scheduler import LoadScopeScheduling
 
     class OneCluster(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "ray" if file.startswith(WITH_RAY) else file
+            return "cluster" if file.startswith(WITH_CLUSTER) else file
 
     return OneCluster(config, log)
 
