@@ -57,6 +57,15 @@ class Comparison:
             spans[column.group] = spans.get(column.group, 0) + 1
         return list(spans.items())
 
+    @property
+    def best_means(self) -> str:
+        """What a cell that is marked as the best stands for; empty if none is."""
+        if not any(cell.best for row in self.rows for cell in row.cells):
+            return ""
+        if any(row.kind == "retrained" and row.cells[0].note is None for row in self.rows):
+            return "best of the runs; on forget rows, the nearest to the retrained model"
+        return "best of the runs"
+
 
 def _column(group: str, path: str) -> Column:
     split, _, metric = path.partition(".")

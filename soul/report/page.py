@@ -35,7 +35,7 @@ def html_page(report: Report) -> str:
         arrows=ARROWS,
         arrow_words=ARROW_WORDS,
         auc_meaning=AUC_MEANING,
-        has_best=any(cell.best for row in report.comparison.rows for cell in row.cells),
+        best_means=report.comparison.best_means,
         num_colours=len(RUNS),
     )
     return page.rstrip() + "\n"

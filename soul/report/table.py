@@ -34,7 +34,8 @@ def terminal_table(runs: Sequence[Results]) -> RenderableType:
         table.add_row(Text(row.label), *(_terminal_cell(cell) for cell in row.cells), style=ROW_STYLES[row.kind])
     notes = [Text(f"{_superscript(number)} {note}", style="dim") for number, note in enumerate(compared.notes, start=1)]
     lines = [Padding(Text(line.replace(f"{SPACE}%", "%")), (1, 0, 0, 0)) for line in verdict_lines(runs)]  # rich breaks lines at any space
-    return Group(table, Text(ARROW_KEY, style="dim"), *notes, *lines)
+    key = f"{ARROW_KEY}; green: {compared.best_means}" if compared.best_means else ARROW_KEY
+    return Group(table, Text(key, style="dim"), *notes, *lines)
 
 
 def verdict_lines(runs: Sequence[Results]) -> list[str]:
@@ -71,7 +72,7 @@ def markdown_text(text: str) -> str:
 
 
 def _bold_key(compared: Comparison) -> str:
-    return " **Bold**: best of the runs." if any(cell.best for row in compared.rows for cell in row.cells) else ""
+    return f" **Bold**: {compared.best_means}." if compared.best_means else ""
 
 
 def _markdown_cell(cell: Cell) -> str:

@@ -61,7 +61,21 @@ def test_nearest_to_the_retrained_model_is_best_on_forget_rows(results: Make) ->
     """Below the retrained model is over-forgotten, not better: 0.02 is as far from 0.06 as 0.10 is, and 0.07 is nearer."""
     compared = comparison([results(forget=0.0, seed=1), results(forget=0.07, seed=2), results(forget=0.2, seed=3)])
     assert [row.cells[0].best for row in compared.rows] == [False, False, True, False, False]
-    assert not any(cell.best for row in comparison([results()]).rows for cell in row.cells)
+    alone = comparison([results()])
+    assert not any(cell.best for row in alone.rows for cell in row.cells)
+    assert "nearest to the retrained" in compared.best_means and not alone.best_means
+
+
+def test_without_a_retrained_model_the_least_is_best(document: Callable[..., dict[str, Any]]) -> None:
+    found = []
+    for seed, left in enumerate((0.2, 0.1)):
+        changed = document(retrained=False)
+        changed["models"]["unlearned"]["forget"]["rougeL_recall"] = left
+        changed["seed"] = seed
+        found.append(Results.model_validate(changed))
+    compared = comparison(found)
+    assert [row.cells[0].best for row in compared.rows if row.kind == "unlearned"] == [False, True]
+    assert compared.best_means == "best of the runs"
 
 
 def test_markdown_rows_have_as_many_cells_as_the_header(results: Make) -> None:
