@@ -97,7 +97,7 @@ def check_refused(path: Path, named: str) -> None:
         ("b.json", b"[1, 2]"),
         ("c.json", b"{}"),
         ("d.json", b'{"forget_quality": 0.5, "model_utility": 0.6}'),
-        ("e.json.gz", gzip.compress(b'{"eval_log.json": {}}')[:-9]),
+        ("e.json.gz", gzip.compress(b'{"eval_log.json": {}}', mtime=0)[:-9]),
         ("f.json", b"\xff\xfe\x00"),
         ("g.json", json.dumps(tofu()["eval_log.json"]).encode()),
     ],
