@@ -26,6 +26,7 @@ import torch.distributed as dist
 from perf._measure import Comparison, compare
 from perf._workload import SPLITS, Workload
 from soul.data.store import finish_store, write_part
+from soul.device import seen
 from soul.models.load import save_model
 from soul.objectives.methods import GradDiff
 from soul.optim.configs import AdamWConfig
@@ -70,7 +71,7 @@ def make_job(workload: Workload, folder: Path, *, workers: int, steps: int) -> T
         ),
         engine=EngineConfig(
             name="single" if workers == 1 else "ddp", num_workers=workers, precision="bf16" if workload.precision == "bf16" else "fp32"
-        ),
+        ).decided(seen()),
         stores={split: (str(folder / split),) for split in SPLITS},
     )
 
@@ -128,7 +129,7 @@ def run_on_ray(job: TrainJob) -> None:
     from soul.orchestration.cluster import cluster
     from soul.orchestration.train import fit
 
-    with cluster(None, num_workers=job.engine.num_workers, verbose=False):
+    with cluster(None, num_workers=job.engine.num_workers, device=job.engine.device, verbose=False):
         fit(job, name="perf")
 
 

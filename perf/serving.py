@@ -165,10 +165,10 @@ def main() -> None:
     folder = Path(given.runs[0]) / "model"
     tokenizer: Any = load_tokenizer(str(folder))
     prompts = [ChatFormat().prompt_ids(record.prompt, tokenizer) for record in fictitious_splits(40)["forget05"]]
-    with tempfile.TemporaryDirectory() as temporary, cluster(None, num_workers=1, verbose=False):
+    with tempfile.TemporaryDirectory() as temporary, cluster(None, num_workers=1, device="auto", verbose=False) as device:
         file = Path(temporary) / "serving.yaml"
         write_hosting(file, runs, next(iter(runs)))
-        config = load_settings(ServeConfig, file, {"port": PORT, "watch": str(file)})
+        config = load_settings(ServeConfig, file, {"port": PORT, "watch": str(file)}).decided(device)
         serve.start(config, read_catalogue(config.hosting, on_loopback=True, hashes=Hashes()))
         speeds = throughput(folder, prompts)
         result = {

@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 from pydantic_core.core_schema import ValidationInfo
 
 from soul.data.settings import DataConfig as DataConfig  # part of this module's interface
+from soul.device import Device, Wanted
 from soul.evaluate.settings import EvalSettings
 from soul.models.tiny import TinyConfig
 from soul.objectives.methods import NPO, Influence, MethodConfig
@@ -21,7 +22,7 @@ from soul.rundir import digest
 from soul.store import local
 from soul.train.config import TrainConfig
 from soul.train.curvature import hessian_splits
-from soul.train.engine import EngineConfig
+from soul.train.engine import EngineConfig, Precision
 
 # What a section means when it is one word instead of a mapping: `method: npo`, `--model DIR`.
 SHORT_FORM = {"data": "source", "model": "path", "method": "name", "optimizer": "name", "engine": "name"}
@@ -195,6 +196,17 @@ class Config(_Section):
                 "engine.max_grad_norm (--max-grad-norm)."
             )
 
+    def decided(self, device: Device, precision: Precision | None = None) -> Self:
+        """What the driver has decided, in place of every auto. `precision`: that of a run that is continued."""
+        if self.engine.precision == "auto":
+            rounds = self.train.lora_rank is not None and self.engine.name == "deepspeed"  # EngineConfig.check_adapters
+            chosen = precision or ("fp32" if rounds else self.engine.precision_on(device))
+            return self._with_engine(self.engine.model_copy(update={"precision": chosen}).decided(device))
+        return self._with_engine(self.engine.decided(device))
+
+    def _with_engine(self, engine: EngineConfig) -> Self:
+        return self.model_copy(update={"engine": engine})
+
     @property
     def makes_target(self) -> bool:
         """Whether the target has to be trained before it can forget."""
@@ -275,8 +287,9 @@ class EvaluateConfig(_Section):
     data: DataConfig = Field(DataConfig(), description="where the rows come from")
     model: ModelConfig = Field(description="which model is measured")
     evaluate: EvalSettings = Field(EvalSettings(), description="what is measured")
-    num_workers: int = Field(1, ge=1, description="workers that share the rows; one GPU each where there are GPUs")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="compute precision")
+    device: Wanted = Field("auto", description="what computes (auto: GPUs where the cluster has or can add some, else CPUs)")
+    num_workers: int = Field(1, ge=1, description="workers that share the rows, each with a GPU or a CPU of its own")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="compute precision (auto: bf16 on GPUs, fp32 on CPUs)")
     output: str = Field("runs/evaluate", min_length=1, description="folder or URI that receives results.json and the report")
     address: str | None = Field(
         None, min_length=1, description="Ray cluster to join (null: RAY_ADDRESS if set, else a local Ray for this run)"
@@ -302,6 +315,11 @@ class EvaluateConfig(_Section):
         if self.model.finetune:
             raise ValueError("finetune means nothing to an evaluation. Remove it.")
         return self
+
+    def decided(self, device: Device) -> Self:
+        """What the driver has decided, in place of every auto."""
+        precision = self.precision if self.precision != "auto" else "bf16" if device == "gpu" else "fp32"
+        return self.model_copy(update={"device": device, "precision": precision})
 
 
 def expand_short_forms(values: dict[str, Any], *, defaults: bool = True) -> dict[str, Any]:
@@ -348,7 +366,7 @@ def prepare_key(config: Config, fingerprint: str, kind: Literal["target", "retra
         "format": [config.data.chat, config.data.max_length],
         "start": model.tiny.model_dump() if model.path is None else [model.path, model.revision, _weights_stamp(model.path)],
         "prepare": config.preparation.model_dump() if config.makes_target else None,
-        "precision": config.engine.preparing_precision,
+        "precision": config.engine.preparing_precision if config.model.finetune else "fp32",  # prepare.preparing_engine
     }
     return digest(facts, length=20)
 

@@ -14,6 +14,7 @@ import yaml
 
 from soul.config import Config
 from soul.data.columns import ColumnMap
+from soul.device import Device, num_gpus_here
 from soul.plan import Machine, ModelShape, Plan, plan_run, shape_of, shortages, tiny_shape
 from soul.records import InputError
 from soul.report.numbers import memory
@@ -44,7 +45,8 @@ def dry_run(config: Config) -> str:
     shape, limit, reason = model_shape(config)
     guess = rows.longest // CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS
     length = min(value for value in (guess, config.data.max_length, limit) if value is not None)
-    plan = plan_run(config, num_forget=rows.num_forget, num_retain=rows.num_retain, shape=shape, max_length=length)
+    decided = config.decided(likely_device(config))
+    plan = plan_run(decided, num_forget=rows.num_forget, num_retain=rows.num_retain, shape=shape, max_length=length)
     sections = [
         "# settings (a file for --config)",
         yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).rstrip(),
@@ -55,7 +57,11 @@ def dry_run(config: Config) -> str:
     if shape is None:
         sections += [f"# memory of one worker: unknown, because {reason}"]
     else:
-        title = f"memory of one worker ({config.engine.name}, {config.engine.num_workers} worker(s), rows of at most about {length} tokens)"
+        engine = decided.engine
+        title = (
+            f"memory of one worker ({engine.name} on {engine.device}, {engine.precision}, {engine.num_workers} worker(s), rows of at most "
+            f"about {length} tokens)"
+        )
         lines = [(item.name, memory(item.num_bytes) + (" in CPU memory" if item.on_cpu else "")) for item in plan.memory]
         lines += [("together", memory(plan.memory_bytes)), ("one checkpoint on disk", memory(plan.checkpoint_bytes))]
         sections += table(title, [("parameters", f"{shape.num_params:,}"), *lines])
@@ -63,6 +69,14 @@ def dry_run(config: Config) -> str:
     if config.address is None:  # nobody knows the machines of a cluster before it is joined
         warnings += shortages(plan, this_machine(), num_workers=config.engine.num_workers)
     return "\n".join([*sections, *(f"# warning: {text}" for text in warnings)])
+
+
+def likely_device(config: Config) -> Device:
+    """What the run will compute on; a cluster is asked when it is joined, and counts until then as one with GPUs."""
+    if config.engine.device != "auto":
+        return config.engine.device
+    joins = config.address or os.environ.get("RAY_ADDRESS")
+    return "gpu" if joins or num_gpus_here() else "cpu"
 
 
 def this_machine() -> Machine:
@@ -73,7 +87,7 @@ def this_machine() -> Machine:
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
         host = min(host, int(text))
-    gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+    gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(num_gpus_here())]
     return Machine(host, min(gpus, default=0))
 
 

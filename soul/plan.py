@@ -178,7 +178,7 @@ def plan_run(config: Config, *, num_forget: int, num_retain: int, shape: ModelSh
 def memory_per_worker(config: Config, shape: ModelShape, *, tokens: int, num_forget: int) -> tuple[MemoryItem, ...]:
     """The formulas at the top of this file, for `tokens` padded tokens in a micro-batch."""
     engine = config.engine
-    compute = COMPUTE_BYTES[engine.precision]
+    compute = COMPUTE_BYTES[engine.computes_in]
     width, inner, blocks = shape.hidden_size, shape.intermediate_size, shape.num_blocks
     one_block = compute * tokens * (8 * width + 3 * inner)
     saved = blocks * compute * tokens * width + one_block if engine.gradient_checkpointing else blocks * one_block
@@ -207,7 +207,7 @@ def _sizes(config: Config, shape: ModelShape) -> tuple[int, int]:
 def _own_items(engine: EngineConfig, shape: ModelShape, *, total: int, trained: int, num_states: int) -> list[MemoryItem]:
     """Weights, gradients and states of single, ddp and fsdp."""
     sharded = engine.name == "fsdp"
-    compute = COMPUTE_BYTES[engine.precision]
+    compute = COMPUTE_BYTES[engine.computes_in]
     parts = engine.num_workers if sharded else 1
     own, own_trained = -(-total // parts), -(-trained // parts)
     on_cpu = engine.offload is not None
@@ -226,7 +226,7 @@ def _own_items(engine: EngineConfig, shape: ModelShape, *, total: int, trained: 
 
 def _zero_items(engine: EngineConfig, *, total: int, trained: int, num_states: int) -> list[MemoryItem]:
     """Weights, gradients and states of ZeRO."""
-    compute, stage = COMPUTE_BYTES[engine.precision], engine.stage
+    compute, stage = COMPUTE_BYTES[engine.computes_in], engine.stage
     own, own_trained = -(-total // engine.num_workers), -(-trained // engine.num_workers)
     off_states, off_weights = engine.offload is not None, engine.offload == "all"
     items = [

@@ -4,27 +4,43 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from soul.config import Config
+from soul.device import Device, Wanted, num_gpus_here
 from soul.plan import Plan
 from soul.records import InputError
 from soul.report.numbers import memory
 from soul.store import is_uri, path_of
 
 
-def check_workers(num_workers: int, *, num_cpus: float, num_gpus: float, where: str = "this machine") -> None:
-    """A worker takes a GPU where there are any, else a CPU.
+def check_workers(num_workers: int, device: Device, most: Mapping[str, float], *, where: str = "this machine", waits: bool = False) -> None:
+    """`most`: CPUs and GPUs that there are or can be; with `waits` an autoscaler that does not say may add GPUs.
 
     Raises:
         InputError: more workers than that.
     """
-    kind, available = ("GPU", int(num_gpus)) if num_gpus else ("CPU", int(num_cpus))
-    if num_workers > available:
+    kind = device.upper()
+    available = int(most.get(kind, 0))
+    if num_workers > available and not (waits and device == "gpu"):
         raise InputError(
             f"--num-workers {num_workers} needs {num_workers} {kind}s, {where} has {available}. "
             f"Use at most {available}, or join a larger cluster with --address."
         )
+
+
+def here(wanted: Wanted) -> tuple[Device, dict[str, float]]:
+    """What a Ray of the run's own on this machine computes on, and the CPUs and GPUs that it has.
+
+    Raises:
+        InputError: GPUs are wanted, and torch sees none here.
+    """
+    most = {"CPU": float(os.cpu_count() or 1), "GPU": float(num_gpus_here())}
+    if wanted == "gpu" and not most["GPU"]:
+        raise InputError("--device gpu: torch sees no GPU on this machine. Join a cluster with --address, or choose --device cpu.")
+    device: Device = "gpu" if most["GPU"] and wanted != "cpu" else "cpu"
+    return device, most
 
 
 def check_output(output: str) -> None:
@@ -57,14 +73,15 @@ def check_disk(output: str, needed_bytes: int) -> None:
         )
 
 
-def preflight(config: Config, plan: Plan, *, num_cpus: float | None, num_gpus: float, where: str = "this machine") -> None:
-    """All checks of a run and its twin. `num_cpus` None: a cluster that is still to be joined, and asked then.
+def preflight(config: Config, plan: Plan, *, is_local: bool) -> None:
+    """All checks of a run and its twin; a cluster that is still to be joined is asked when it is.
 
     Raises:
         InputError: the first one that fails.
     """
-    if num_cpus is not None:
-        check_workers(config.engine.num_workers, num_cpus=num_cpus, num_gpus=num_gpus, where=where)
+    if is_local:
+        device, most = here(config.engine.device)
+        check_workers(config.engine.num_workers, device, most)
     check_output(config.output)
     check_disk(config.output, plan.disk_bytes(config) * (1 if config.twin is None else 2))
 

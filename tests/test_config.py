@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from soul.config import TINY_RATE, Config, DataConfig, EvaluateConfig, ModelConfig, PrepareConfig, prepare_key
+from soul.device import seen, torch_device
 from soul.objectives.methods import METHODS
 from soul.optim.configs import OPTIMIZERS
 from soul.records import InputError
@@ -232,10 +234,39 @@ def test_prepared_models_are_shared_by_runs_that_would_make_the_same(tmp_path: P
     assert len(set(keys)) == len(keys)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"1")
-    config = Config(model={"path": str(tmp_path), "finetune": True})  # type: ignore[arg-type]
+    config = Config(model={"path": str(tmp_path), "finetune": True}).decided("cpu")  # type: ignore[arg-type]
     before = prepare_key(config, "rows", "target")
     weights.write_bytes(b"22")
     assert prepare_key(config, "rows", "target") != before
+
+
+def test_the_driver_decides_device_and_precision_once() -> None:
+    lora = {"train": {"lora_rank": 4}, "engine": {"name": "deepspeed"}}  # whose bf16 would round the weights that adapters add to
+    for values, device, precision in [
+        ({}, "gpu", "bf16"),
+        ({}, "cpu", "fp32"),
+        ({"engine": {"precision": "fp32"}}, "gpu", "fp32"),
+        ({"engine": {"precision": "bf16"}}, "cpu", "bf16"),
+        (lora, "gpu", "fp32"),
+    ]:
+        engine = Config.model_validate(values).decided(device).engine
+        assert (engine.runs_on, engine.computes_in) == (device, precision)
+    assert Config().decided("cpu", "bf16").engine.computes_in == "bf16"  # as the run that is continued began
+    assert Config.model_validate({"engine": {"precision": "fp32"}}).decided("gpu", "bf16").engine.computes_in == "fp32"
+    with pytest.raises(AssertionError, match="the driver decides"):
+        _ = Config().engine.computes_in
+
+
+def test_a_process_that_was_given_a_gpu_and_sees_none_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert torch_device("cpu", 3).type == "cpu"
+    with pytest.raises(InputError, match=r"was to compute on GPU 1 and sees 1.*--device cpu"):
+        torch_device("gpu", 1)
+    monkeypatch.setenv("SOUL_COMPUTE", "cpu")
+    assert torch_device("gpu", 1).type == "cpu" and seen() == "cpu"
+    monkeypatch.setenv("SOUL_COMPUTE", "gpu")
+    with pytest.raises(InputError, match="SOUL_COMPUTE must be cpu or unset, got 'gpu'"):
+        torch_device("gpu")
 
 
 def test_a_file_passed_by_mistake_is_not_quoted(tmp_path: Path) -> None:

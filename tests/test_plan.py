@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from soul.config import Config
 from soul.data.pairing import PairedPlan
+from soul.device import Device
 from soul.dry_run import dry_run, model_shape
 from soul.models.tiny import TinyConfig, tiny_model, tiny_tokenizer
 from soul.optim.configs import OPTIMIZERS
@@ -27,7 +28,8 @@ SEVEN_B = ModelShape(6_738_415_616, 32, 202_383_360, 4096, 11008, 32000, 78_080)
 def plan(
     values: dict[str, Any], *, num_forget: int = 40, num_retain: int = 360, max_length: int = 128, shape: ModelShape | None = None
 ) -> Plan:
-    return plan_run(Config.model_validate(values), num_forget=num_forget, num_retain=num_retain, shape=shape, max_length=max_length)
+    config = Config.model_validate(values).decided("cpu")
+    return plan_run(config, num_forget=num_forget, num_retain=num_retain, shape=shape, max_length=max_length)
 
 
 def seven_b(engine: dict[str, Any], **values: Any) -> Plan:
@@ -229,11 +231,15 @@ def test_a_model_of_another_kind_has_no_estimate_but_a_plan(tmp_path: Path) -> N
 # preflight
 
 
-@pytest.mark.parametrize(("workers", "cpus", "gpus", "word"), [(3, 2, 0, "has 2"), (2, 64, 1, "GPUs"), (5, 4.0, 0.0, "CPUs")])
-def test_more_workers_than_devices_are_refused(workers: int, cpus: float, gpus: float, word: str) -> None:
+@pytest.mark.parametrize(
+    ("workers", "device", "most", "word"),
+    [(3, "cpu", {"CPU": 2}, "has 2"), (2, "gpu", {"CPU": 64, "GPU": 1}, "GPUs"), (5, "cpu", {"CPU": 4.0, "GPU": 8.0}, "CPUs")],
+)
+def test_more_workers_than_devices_are_refused(workers: int, device: Device, most: dict[str, float], word: str) -> None:
     with pytest.raises(InputError, match=word):
-        check_workers(workers, num_cpus=cpus, num_gpus=gpus)
-    check_workers(int(gpus or cpus), num_cpus=cpus, num_gpus=gpus)
+        check_workers(workers, device, most)
+    check_workers(int(most[device.upper()]), device, most)
+    check_workers(workers, "gpu", most, waits=True)  # an autoscaler that does not say how far it goes
 
 
 def test_output_must_be_a_folder_that_can_be_made(tmp_path: Path) -> None:
@@ -253,7 +259,7 @@ def test_a_full_disk_is_told_before_the_run(tmp_path: Path, monkeypatch: pytest.
     assert made.disk_bytes(config) == (3 * 12 + 4) * SEVEN_B.num_params
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, made.disk_bytes(config)))
-    preflight(config, made, num_cpus=8, num_gpus=8)
+    preflight(config, made, is_local=False)
     with pytest.raises(InputError, match=r"needs about 502\.\d.GiB .* 251\.\d.GiB free"):
-        preflight(config.model_copy(update={"twin": "adamw"}), made, num_cpus=8, num_gpus=8)
+        preflight(config.model_copy(update={"twin": "adamw"}), made, is_local=False)
     check_disk("s3://bucket/run", 10**18)

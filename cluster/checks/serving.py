@@ -143,8 +143,9 @@ def _own_complaints(
     unknown = sorted(set(config.hosting.aliases.values()) - set(config.hosting.runs))
     if unknown and config.hosting.runs:
         yield f"{where}: alias of {', '.join(unknown)}, which is not among the runs"
-    size = config.replicas
-    for name, one in (("CPU", size.num_cpus), ("GPU", size.num_gpus)):
+    likely: Literal["cpu", "gpu"] = "gpu" if capacity is None or capacity.get("GPU") else "cpu"
+    size = config.replicas.decided(likely if config.replicas.wants == "auto" else config.replicas.wants)
+    for name, one in (("CPU", size.num_cpus), ("GPU", size.num_gpus or 0.0)):
         room = math.inf if capacity is None else capacity.get(name, 0.0)
         if one * size.maximum > room:
             yield f"{where}.args.replicas: {size.maximum} replicas need {one * size.maximum:g} {name}, the workers can grow to {room:g}"

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from soul.benchmarks.preparation import Prepared, Say, prepare
 from soul.benchmarks.selection import RULES, Bounds, Rule, Selection, Trial, select
 from soul.data.sources import Benchmark
+from soul.device import seen, torch_device
 from soul.evaluate.eval_log import EvalLog
 from soul.evaluate.evaluator import Evaluation, evaluate_model
 from soul.evaluate.settings import EvalSettings
@@ -31,7 +32,7 @@ from soul.optim.configs import OPTIMIZERS
 from soul.records import InputError
 from soul.rundir import digest, write_json
 from soul.train.config import TrainConfig
-from soul.train.engine import EngineConfig, pick_device
+from soul.train.engine import EngineConfig
 from soul.train.job import TrainJob, run_job
 from soul.train.loop import NonFiniteGradient, NonFiniteLoss
 from soul.train.single import SingleEngine
@@ -186,7 +187,7 @@ class Bench:
                 eval_every=settings.epochs if cell.stage == "search" else 0,
                 save_every=0,
             ),
-            engine=EngineConfig(),
+            engine=EngineConfig(precision="fp32").decided(seen()),
             stores={split: (str(prepared.stores[split]),) for split in streamed_splits(method)},
             reference=str(prepared.reference) if needs_reference(method) else None,
             probes={split: str(store) for split, store in prepared.probes.items()} if cell.stage == "search" else {},
@@ -214,7 +215,7 @@ class Bench:
             return {**found, "scores": _entry(self._evaluate(model, self._retrained))}
 
     def _evaluate(self, model: Path, retrained: EvalLog | None) -> Evaluation:
-        device = pick_device(0)
+        device = torch_device(seen())
         loaded = load_model(str(model)).eval().to(device)
         tokenizer = load_tokenizer(str(model))
         settings = EvalSettings(max_new_tokens=self.max_new_tokens)

@@ -15,6 +15,7 @@ from soul.data.refusals import refusal_records
 from soul.data.sources import Benchmark, fingerprint
 from soul.data.store import TokenStore, finish_store, is_store, write_part
 from soul.data.tokenize import token_rows
+from soul.device import seen, torch_device
 from soul.models.load import load_model, load_tokenizer, save_model
 from soul.models.scoring import answer_logps
 from soul.models.tiny import TinyConfig, tiny_model, tiny_tokenizer
@@ -23,7 +24,7 @@ from soul.optim.configs import OPTIMIZERS
 from soul.records import Record
 from soul.rundir import digest
 from soul.train.config import TrainConfig
-from soul.train.engine import EngineConfig, pick_device
+from soul.train.engine import EngineConfig
 from soul.train.job import TrainJob, run_job
 from soul.train.single import SingleEngine
 
@@ -135,7 +136,7 @@ def _memorise(start: Path, stores: Sequence[Path], export: Path, steps: int) -> 
             eval_every=0,
             save_every=0,
         ),
-        engine=EngineConfig(),
+        engine=EngineConfig(precision="fp32").decided(seen()),
         stores={"retain": tuple(map(str, stores))},
     )
     run_job(job, SingleEngine(job.engine), resume_from=None, save_checkpoint=lambda engine, progress: None)
@@ -145,7 +146,7 @@ def _reference(target: Path, store: Path, path: Path) -> Path:
     """The forget answers' log-probabilities under the frozen target, in row order (.npy, float64, nats)."""
     if path.is_file():
         return path
-    device = pick_device(0)
+    device = torch_device(seen())
     model = load_model(str(target)).eval().to(device)
     rows = sorted(TokenStore.open(store).rows(), key=lambda row: len(row.ids))
     logps_R = np.full(len(rows), np.nan)

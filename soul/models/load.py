@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available():  # what a library says of itself; nothing is decided here
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports deepspeed, which says on stdout that it found no GPU
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging

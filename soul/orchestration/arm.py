@@ -45,6 +45,7 @@ def unlearn(
             revision=config.model.revision,
             trust_remote_code=config.model.trust_remote_code,
             model_key=target.key,
+            device=config.engine.runs_on,
         )
     job = TrainJob(
         model=place_of(target.path),

@@ -11,13 +11,17 @@ import ray
 import ray._private.state
 import yaml
 from ray.autoscaler.v2.utils import is_autoscaler_v2
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from soul.device import Device, Wanted
 from soul.records import InputError
 
 # CPU=64,GPU=8: for a cluster whose autoscaler does not say how far it goes (KubeRay's)
 LIMITS = "SOUL_CLUSTER_LIMITS"
 LAUNCHERS_FILE = Path("~/ray_bootstrap_config.yaml")  # `ray up` leaves it on the head
 UNKNOWN = 1e6
+HEAD = "node:__internal_head__"  # a resource of the head alone
+HEAD_SECONDS = 60.0  # a worker has to start there
 AT_ONCE = 64
 
 
@@ -29,13 +33,27 @@ def capacity() -> dict[str, float]:
 
 
 def _told() -> Mapping[str, float]:
-    """What the autoscaler could make of the cluster; empty if nobody says."""
+    """What the autoscaler could make of the cluster; empty if nobody says. A driver on another node than the head asks the head."""
+    told: Mapping[str, float] | None = told_here() or ray._private.state.state.get_max_resources_from_cluster_config()
+    return told or _told_by_head()
+
+
+def told_here() -> dict[str, float]:
+    """What this machine has of the autoscaler's limits: the variable, or the launcher's file."""
     if given := os.environ.get(LIMITS):
         return limits(given)
-    told: Mapping[str, float] | None = ray._private.state.state.get_max_resources_from_cluster_config()
-    if told is None and (file := LAUNCHERS_FILE.expanduser()).is_file():
-        return launched(yaml.safe_load(file.read_text(encoding="utf-8")))
-    return told or {}
+    file = LAUNCHERS_FILE.expanduser()
+    return launched(yaml.safe_load(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def _told_by_head() -> dict[str, float]:
+    heads = [node["NodeID"] for node in ray.nodes() if node["Alive"] and HEAD in node.get("Resources", {})]
+    if not heads or heads[0] == ray.get_runtime_context().get_node_id():
+        return {}
+    there = NodeAffinitySchedulingStrategy(heads[0], soft=False)
+    ask: Any = ray.remote(told_here)
+    found: dict[str, float] = ray.get(ask.options(num_cpus=0, scheduling_strategy=there).remote(), timeout=HEAD_SECONDS)
+    return found
 
 
 def limits(text: str) -> dict[str, float]:
@@ -60,16 +78,38 @@ def launched(config: Mapping[str, Any]) -> dict[str, float]:
     return most
 
 
-def gpus_per_task() -> int:
-    """One where there are GPUs, or can be."""
-    return 1 if capacity().get("GPU", 0) else 0
+def decide(wanted: Wanted) -> Device:
+    """What a run on the connected cluster computes on. Asked once, by the driver; everything else is told.
+
+    Raises:
+        InputError: GPUs are wanted and there can be none, or nobody can know whether there can.
+    """
+    if wanted == "cpu":
+        return "cpu"
+    if capacity().get("GPU", 0):
+        return "gpu"
+    if wanted == "gpu":
+        if may_add_gpus():
+            return "gpu"
+        raise InputError("--device gpu: the cluster has no GPU, and nothing that could add one. Join another one, or choose --device cpu.")
+    if may_add_gpus():
+        raise InputError(
+            "the cluster has no GPU now, and its autoscaler does not say here whether it can add some: --device auto cannot decide. Say "
+            f"--device gpu (waits for them) or --device cpu, or set {LIMITS}, e.g. to CPU=64,GPU=8."
+        )
+    return "cpu"
 
 
-def room_for(num_workers: int) -> int:
+def may_add_gpus() -> bool:
+    """Whether an autoscaler is at work that says nowhere how far it goes."""
+    return not _told() and is_autoscaler_v2(fetch_from_server=True)
+
+
+def room_for(num_workers: int, device: Device) -> int:
     """How many jobs of so many workers the cluster can hold at once. CPUs of a lone machine are logical: the real ones count."""
     most = capacity()
-    if gpus := int(most.get("GPU", 0)):
-        return max(1, gpus // num_workers)
+    if device == "gpu":
+        return max(1, int(most.get("GPU", 0)) // num_workers)
     cpus = int(most.get("CPU", 1))
     grows = cpus > int(ray.cluster_resources().get("CPU", 0))
     alone = not grows and len([node for node in ray.nodes() if node["Alive"]]) == 1

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import os
 from itertools import islice
-
-import torch
 
 from soul.config import Config, ModelConfig
 from soul.data.chat import ChatFormat
 from soul.data.files import read_rows
 from soul.data.tokenize import check_tokenizer, tokenize_record
-from soul.dry_run import model_shape
+from soul.device import Wanted
+from soul.dry_run import likely_device, model_shape
 from soul.models.load import check_model_folder, check_weights, load_tokenizer
 from soul.orchestration.cluster import is_local
 from soul.orchestration.data import Sources
 from soul.orchestration.evaluate import plan_for
 from soul.orchestration.tokens import FileSplit, Rows, token_settings
 from soul.plan import plan_run
-from soul.preflight import check_workers, preflight
+from soul.preflight import check_workers, here, preflight
 
 
-def check_local_workers(address: str | None, num_workers: int) -> None:
+def check_local_workers(address: str | None, num_workers: int, wanted: Wanted) -> None:
     """A cluster that is joined is asked when it is joined.
 
     Raises:
         InputError: a local Ray would have fewer CPUs or GPUs.
     """
     if is_local(address):
-        check_workers(num_workers, num_cpus=os.cpu_count() or 1, num_gpus=torch.cuda.device_count())
+        device, most = here(wanted)
+        check_workers(num_workers, device, most)
 
 
 def check_model(path: str, model: ModelConfig) -> None:
@@ -52,9 +51,9 @@ def check_run(config: Config, sources: Sources, start: str) -> None:
     shape, _, _ = model_shape(config)
     forget = sources.benchmark.splits["forget"]
     num_retain = _at_least(sources.rows["retain"], len(forget))
-    plan = plan_run(config, num_forget=len(forget), num_retain=num_retain, shape=shape, max_length=settings.max_length)
-    num_cpus = (os.cpu_count() or 1) if is_local(config.address) else None
-    preflight(config, plan, num_cpus=num_cpus, num_gpus=torch.cuda.device_count())
+    likely = config.decided(likely_device(config))
+    plan = plan_run(likely, num_forget=len(forget), num_retain=num_retain, shape=shape, max_length=settings.max_length)
+    preflight(config, plan, is_local=is_local(config.address))
     tokenizer = load_tokenizer(start, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code)
     chat = ChatFormat(settings.chat)
     for record in forget:

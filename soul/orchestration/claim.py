@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from soul.config import Config
+from soul.device import Device
 from soul.preflight import check_output
 from soul.records import InputError
 from soul.rundir import RunDir, digest, write_atomically
@@ -14,7 +15,8 @@ from soul.train.engine import PLACEMENT
 
 # Where a run lies and how it is watched does not make it another run.
 _INCIDENTAL = {"output", "cache", "address", "resume", "progress", "verbose"}
-_STAGE = "outcome"
+_STAGE, _PRECISION = "outcome", "precision"
+_AUTO = "auto"
 
 
 def run_dir(config: Config) -> RunDir:
@@ -66,6 +68,16 @@ def mark_done(config: Config, inputs: Any) -> None:
     run_dir(config).finish(_STAGE, _key(config, inputs), {})
 
 
+def decided_run(config: Config, device: Device) -> Config:
+    """The run with the driver's decision in it. One that is continued keeps the precision that it began with, on whatever device."""
+    run = run_dir(config)
+    kept = run.finished(_PRECISION, _AUTO) if config.engine.precision == "auto" else None
+    decided = config.decided(device, None if kept is None else kept["precision"])
+    if config.engine.precision == "auto" and kept is None:
+        run.finish(_PRECISION, _AUTO, {"precision": decided.engine.precision})
+    return decided
+
+
 def _key(config: Config, inputs: Any) -> str:
     settings = _without_placement(_settings(config))
     return digest([{name: value for name, value in settings.items() if name not in _INCIDENTAL}, inputs])
@@ -84,4 +96,8 @@ def _without_placement(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _has_begun(folder: RunDir) -> bool:
     """A run that failed before it trained leaves nothing worth keeping: its settings may be corrected."""
-    return folder.metrics.is_file() or folder.checkpoints.is_dir() or (folder.path / ".stages").is_dir()
+    return (
+        folder.metrics.is_file()
+        or folder.checkpoints.is_dir()
+        or any(marker.stem != _PRECISION for marker in (folder.path / ".stages").glob("*"))
+    )

@@ -17,9 +17,10 @@ import ray._private.state
 import ray.data
 from ray.exceptions import ActorHandleNotFoundError, AuthenticationError, RayTaskError
 
+from soul.device import COMPUTE, Device, Wanted
 from soul.object_store import environment
 from soul.orchestration import ENVIRONMENT
-from soul.orchestration.capacity import capacity
+from soul.orchestration.capacity import capacity, decide, may_add_gpus
 from soul.orchestration.joining import builds, check_cluster, check_package, make_probe
 from soul.orchestration.parallel import waiting_threads
 from soul.preflight import check_workers
@@ -38,13 +39,13 @@ def _quiet(verbose: bool) -> None:
 
 
 @contextmanager
-def cluster(address: str | None, *, num_workers: int, verbose: bool) -> Iterator[None]:
-    """A connected Ray for the length of the block. A Ray that is already connected is used and left running.
+def cluster(address: str | None, *, num_workers: int, device: Wanted, verbose: bool) -> Iterator[Device]:
+    """A connected Ray for the length of the block, and what runs on it are to compute on. A Ray that is already connected is left running.
 
     `address`: a cluster to join; None joins RAY_ADDRESS if that is set, else starts a local Ray.
 
     Raises:
-        InputError: the cluster cannot be joined, or has too few CPUs or GPUs for `num_workers`.
+        InputError: the cluster cannot be joined, has too few CPUs or GPUs for `num_workers`, or no GPU where `device` asks for one.
     """
     _quiet(verbose)
     owned = not ray.is_initialized()
@@ -55,13 +56,13 @@ def cluster(address: str | None, *, num_workers: int, verbose: bool) -> Iterator
             else:
                 _join(address or os.environ["RAY_ADDRESS"], verbose)
     try:
-        resources = capacity()
-        check_workers(num_workers, num_cpus=resources.get("CPU", 0), num_gpus=resources.get("GPU", 0), where="the cluster")
+        decided = decide(device)
+        check_workers(num_workers, decided, capacity(), where="the cluster", waits=may_add_gpus())
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         context.execution_options.preserve_order = True  # the paired stream relies on it
-        yield
+        yield decided
     except RayTaskError as error:  # bad input that only a task could notice is still one line for the user
         if isinstance(error.cause, InputError):
             raise error.cause from None
@@ -123,7 +124,8 @@ def worker_environment() -> dict[str, str]:
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
     threads = os.environ.get("OMP_NUM_THREADS", "1")
-    return {"PYTHONPATH": path, "OMP_NUM_THREADS": threads, **{name: os.environ[name] for name in ENVIRONMENT}, **environment()}
+    told = {name: os.environ[name] for name in (*ENVIRONMENT, COMPUTE) if name in os.environ}
+    return {"PYTHONPATH": path, "OMP_NUM_THREADS": threads, **told, **environment()}
 
 
 def _join(address: str, verbose: bool) -> None:

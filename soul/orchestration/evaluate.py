@@ -18,12 +18,12 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from soul.config import Config, EvaluateConfig
 from soul.data.chat import ChatFormat
 from soul.data.sources import fingerprint
+from soul.device import Device, torch_device
 from soul.evaluate.eval_log import EvalLog, finite_columns
 from soul.evaluate.evaluator import Evaluation, finish, positions
 from soul.evaluate.generate import stop_ids_of
 from soul.evaluate.plan import EvalPlan, ItemResult, WorkItem, plan_evaluation, run_item
 from soul.models.load import load_model, load_tokenizer
-from soul.orchestration.capacity import gpus_per_task
 from soul.orchestration.data import Sources
 from soul.orchestration.progress import Display
 from soul.rundir import digest, write_atomically, write_json
@@ -45,10 +45,10 @@ class Judged:
 class Examiner:
     """A process with one loaded model, which works through items of an evaluation plan."""
 
-    def __init__(self, model: str, revision: str | None, trust_remote_code: bool, precision: str) -> None:
+    def __init__(self, model: str, revision: str | None, trust_remote_code: bool, precision: str, device: Device) -> None:
         torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
-        self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-        dtype = torch.bfloat16 if precision == "bf16" and self.device.type == "cuda" else torch.float32
+        self.device = torch_device(device)
+        dtype = torch.float32 if precision == "fp32" or device == "cpu" else torch.bfloat16
         self.model = load_model(local(model), dtype=dtype, revision=revision, trust_remote_code=trust_remote_code).eval().to(self.device)
 
     def run(self, item: WorkItem) -> ItemResult:
@@ -93,12 +93,13 @@ class Judge:
     def _examine(self, stage: str, model: str, items: Sequence[WorkItem]) -> list[ItemResult]:
         """Share the items out over `num_tasks` examiners."""
         given = self.config.model
-        precision = self.config.precision if isinstance(self.config, EvaluateConfig) else self.config.engine.precision
-        gpus = gpus_per_task()
+        decided = self.config if isinstance(self.config, EvaluateConfig) else self.config.engine
+        precision, device = decided.precision, decided.device
+        assert device != "auto"  # the driver has decided
         # from inside a trial of a grid, too, it finds its place on the cluster: the trial's own group holds none for it
-        actor: Any = Examiner.options(num_cpus=1, num_gpus=gpus, scheduling_strategy="DEFAULT")  # type: ignore[attr-defined]
+        actor: Any = Examiner.options(num_cpus=1, num_gpus=1 if device == "gpu" else 0, scheduling_strategy="DEFAULT")  # type: ignore[attr-defined]
         count = min(self.num_tasks, len(items))
-        examiners = [actor.remote(place_of(model), given.revision, given.trust_remote_code, precision) for _ in range(count)]
+        examiners = [actor.remote(place_of(model), given.revision, given.trust_remote_code, precision, device) for _ in range(count)]
         try:
             waiting = [examiners[i % count].run.remote(item) for i, item in enumerate(items)]
             results: list[ItemResult] = []

@@ -21,7 +21,7 @@ from soul.objectives.methods import TITLES
 from soul.orchestration.arm import unlearn
 from soul.orchestration.capacity import room_for
 from soul.orchestration.checks import check_local_workers, check_model, check_run
-from soul.orchestration.claim import check_claim, claim, is_done, mark_done, run_dir
+from soul.orchestration.claim import check_claim, claim, decided_run, is_done, mark_done, run_dir
 from soul.orchestration.cluster import cluster
 from soul.orchestration.data import Sources, cache_of, open_sources, trained_splits
 from soul.orchestration.evaluate import Judge, Judged, plan_for
@@ -39,6 +39,7 @@ from soul.report.table import terminal_table
 from soul.report.tracking import track_all
 from soul.rundir import RunDir, versions, write_json
 from soul.store import attach, check_writable, local, place_of
+from soul.train.engine import EngineConfig
 
 
 def run(config: Config) -> Path:
@@ -50,7 +51,7 @@ def run(config: Config) -> Path:
     twin = config.twin_run()
     arms = [config] if twin is None else [config, twin]
     folders = [run_dir(arm) for arm in arms]
-    check_local_workers(config.address, config.engine.num_workers)
+    check_local_workers(config.address, config.engine.num_workers, config.engine.device)
     for arm in arms:
         check_claim(arm)
     if config.model.path is not None:
@@ -76,15 +77,18 @@ def run(config: Config) -> Path:
 
 def _work(config: Config, arms: Sequence[Config], sources: Sources, start: str, given: Prepared | EvalLog | None, display: Display) -> None:
     """Everything that costs time, from token stores to reports."""
-    with cluster(config.address, num_workers=config.engine.num_workers, verbose=config.verbose), display.live():
-        slots = room_for(config.engine.num_workers)
+    engine = config.engine
+    with cluster(config.address, num_workers=engine.num_workers, device=engine.device, verbose=config.verbose) as device, display.live():
+        config, *arms = (decided_run(each, device) for each in (config, *arms))
+        display.say(computes(config.engine))
+        slots = room_for(engine.num_workers, device)
         stores = _stores(config, sources, start)
         prepared = _prepare(config, start, stores, display)
         if isinstance(given, Prepared):
             prepared["retrained"] = given
         trained = run_together([partial(unlearn, arm, prepared["target"], stores, display) for arm in arms], slots=slots)
         judge = Judge(config, sources, display)
-        judged = run_together([*_judge_prepared(judge, config, prepared), *_judge_arms(judge, arms)], slots=room_for(1))
+        judged = run_together([*_judge_prepared(judge, config, prepared), *_judge_arms(judge, arms)], slots=room_for(1, device))
     standards, unlearned = judged[: len(prepared)], judged[len(prepared) :]
     made = dict(zip(prepared, standards, strict=True)).get("retrained")
     retrained = made.log if made is not None else given if isinstance(given, EvalLog) else None
@@ -97,6 +101,14 @@ def _work(config: Config, arms: Sequence[Config], sources: Sources, start: str, 
     build_report(folders, output=folders[0])
     if config.wandb is not None and (told := track_all(folders, project=config.wandb)):
         display.say(told)
+
+
+def computes(engine: EngineConfig) -> str:
+    """The device decision, for the person who started the run."""
+    where = f"{engine.num_workers} worker(s) on {engine.runs_on.upper()}s"
+    if engine.computes_in == "fp32":
+        return f"{where}, in fp32" + (" with TF32 products" if engine.runs_on == "gpu" else "")
+    return f"{where}, in bf16" + (" over fp32 weights" if engine.computes_in == "bf16" else "")
 
 
 def show(results: Sequence[Results]) -> None:
@@ -132,7 +144,7 @@ def resume(folder: Path) -> Path:
 def evaluate_folder(config: EvaluateConfig) -> Path:
     """Measure one model as it is: logs/ (TOFU's and OpenUnlearning's format) and evaluation.json in the output folder."""
     assert config.model.path is not None  # the config has checked it
-    check_local_workers(config.address, config.num_workers)
+    check_local_workers(config.address, config.num_workers, config.device)
     check_output(config.output)
     check_writable(config.output)
     model = local(config.model.path)
@@ -145,8 +157,8 @@ def evaluate_folder(config: EvaluateConfig) -> Path:
     attach(run.path, keep=True)
     run.create()
     display = Display(enabled=config.progress)
-    with cluster(config.address, num_workers=config.num_workers, verbose=config.verbose), display.live():
-        judge = Judge(config, sources, display, num_tasks=config.num_workers)
+    with cluster(config.address, num_workers=config.num_workers, device=config.device, verbose=config.verbose) as device, display.live():
+        judge = Judge(config.decided(device), sources, display, num_tasks=config.num_workers)
         judged = judge.evaluate("the model", model)
         if config.samples:
             judge.write_samples(judged, run.path / "samples.jsonl")
@@ -178,5 +190,7 @@ def _prepare(config: Config, start: str, stores: Mapping[str, Path], display: Di
         return {"target": given_model(start)}
     kinds = ("target", "retrained") if config.makes_retrained else ("target",)
     make = partial(prepared_model, config, start=start, stores=stores, cache=cache_of(config), display=display)
-    made = run_together([partial(make, kind) for kind in kinds], slots=room_for(preparing_engine(config).num_workers))
+    made = run_together(
+        [partial(make, kind) for kind in kinds], slots=room_for(preparing_engine(config).num_workers, config.engine.runs_on)
+    )
     return dict(zip(kinds, made, strict=True))

@@ -68,7 +68,9 @@ def starting_model(config: Config, benchmark: Benchmark, cache: Path) -> str:
 
 def preparing_engine(config: Config) -> EngineConfig:
     """The run's own engine for a base model; one process for a tiny one, which gains nothing from sharding."""
-    return config.engine.model_copy(update={"precision": config.engine.preparing_precision}) if config.model.finetune else EngineConfig()
+    if not config.model.finetune:
+        return EngineConfig(precision="fp32").decided(config.engine.runs_on)
+    return config.engine.model_copy(update={"precision": config.engine.preparing_precision})
 
 
 def prepared_model(config: Config, kind: Kind, *, start: str, stores: Mapping[str, Path], cache: Path, display: Display) -> Prepared:

@@ -14,9 +14,9 @@ import torch
 
 from soul.batch import collate
 from soul.data.store import TokenStore
+from soul.device import Device, torch_device
 from soul.models.load import load_model
 from soul.models.scoring import answer_logps
-from soul.orchestration.capacity import gpus_per_task
 from soul.rundir import digest
 from soul.store import local, place_of, pull_file, push
 
@@ -31,10 +31,11 @@ class ScoreRows:
     store: str
     revision: str | None
     trust_remote_code: bool
+    device: Device
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         store = TokenStore.open(Path(local(self.store)))
-        model, device = _target(local(self.model), self.revision, self.trust_remote_code)
+        model, device = _target(local(self.model), self.revision, self.trust_remote_code, self.device)
         order = np.argsort(store.lengths_R, kind="stable")
         found: dict[str, list[Any]] = {"index": [], "logp": []}
         for number in batch["batch"].tolist():
@@ -47,22 +48,26 @@ class ScoreRows:
 
 
 @lru_cache(maxsize=1)
-def _target(path: str, revision: str | None, trust_remote_code: bool) -> tuple[torch.nn.Module, torch.device]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _target(path: str, revision: str | None, trust_remote_code: bool, device_name: Device) -> tuple[torch.nn.Module, torch.device]:
+    device = torch_device(device_name)
     return load_model(path, revision=revision, trust_remote_code=trust_remote_code).eval().to(device), device
 
 
-def reference_logps(model: str, store: Path, *, cache: Path, revision: str | None, trust_remote_code: bool, model_key: str) -> Path:
+def reference_logps(
+    model: str, store: Path, *, cache: Path, revision: str | None, trust_remote_code: bool, model_key: str, device: Device
+) -> Path:
     """The .npy file (float64, one number per row of `store`), made unless the cache holds it for this model and these rows."""
     path = cache / "reference" / f"{digest([model_key, store.name], length=20)}.npy"
     if pull_file(path):
         return path
     num_rows = len(TokenStore.open(store))
     num_batches = -(-num_rows // ROWS_PER_BATCH)
-    gpus = gpus_per_task()
     batches = ray.data.from_items([{"batch": i} for i in range(num_batches)], override_num_blocks=min(num_batches, 4))
     scored = batches.map_batches(
-        ScoreRows(place_of(model), place_of(store), revision, trust_remote_code), batch_size=None, num_cpus=1, num_gpus=gpus
+        ScoreRows(place_of(model), place_of(store), revision, trust_remote_code, device),
+        batch_size=1,
+        num_cpus=1,
+        num_gpus=1 if device == "gpu" else 0,
     ).take_all()
     logps_R = np.full(num_rows, np.nan)
     for row in scored:

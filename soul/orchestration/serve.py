@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, HTTPOptions
 from ray.serve.schema import LoggingConfig
 
+from soul.orchestration.capacity import decide
 from soul.orchestration.cluster import cluster
 from soul.orchestration.replica import Gateway, Generator
 from soul.records import InputError
@@ -36,6 +38,7 @@ def build_app(args: dict[str, Any]) -> serve.Application:
     """
     hashes = read_key_hashes(os.environ, None)
     config = ServeConfig.model_validate({**args, "key_hashes": [*args.get("key_hashes", ()), *hashes]})
+    config = config.decided(decide(config.replicas.wants))
     return application(config, read_catalogue(config.hosting, on_loopback=config.on_loopback, hashes=Hashes()))
 
 
@@ -113,8 +116,10 @@ def run_server(config: ServeConfig, *, address: str | None, verbose: bool) -> No
     catalogue = read_catalogue(config.hosting, on_loopback=config.on_loopback, hashes=Hashes())
     for line in describe(catalogue):
         print(line, flush=True)
-    with cluster(address, num_workers=1, verbose=verbose):
-        start(config, catalogue)
+    size = config.replicas
+    needed = max(1, math.ceil(size.minimum * (1.0 if size.num_gpus is None else size.num_gpus)))
+    with cluster(address, num_workers=needed if size.wants != "cpu" else 1, device=size.wants, verbose=verbose) as device:
+        start(config.decided(device), catalogue)
         print(f"serving on http://{config.host}:{config.port}/ (API under /v1); Ctrl-C stops it", flush=True)
         _wait_for_signal()
         print("draining: requests that have begun are answered", flush=True)

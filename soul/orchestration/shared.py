@@ -110,4 +110,5 @@ def reference_of(config: Config, target: Prepared, store: Path) -> Path:
         revision=config.model.revision,
         trust_remote_code=config.model.trust_remote_code,
         model_key=target.key,
+        device=config.engine.runs_on,
     )

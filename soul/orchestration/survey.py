@@ -32,10 +32,11 @@ def survey(address: str | None, *, num_workers: int) -> str:
             if enough
             else f"{shown}\n{num_workers} workers do not fit into that: a run stops at its start, unless an autoscaler can add the rest"
         )
-    with cluster(place, num_workers=num_workers, verbose=False):
+    with cluster(place, num_workers=num_workers, device="auto", verbose=False) as device:
         has, most = ray.cluster_resources(), capacity()
         nodes = [node for node in ray.nodes() if node["Alive"]]
         rows = {"cluster": ray.get_runtime_context().gcs_address, **this_environment(), "soul": make_probe()(), "nodes": str(len(nodes))}
+        rows["computes on"] = f"{device.upper()}s (--device auto)"
         return _table({**rows, **{f"{kind}s": _amount(has.get(kind, 0), most.get(kind, 0)) for kind in ("CPU", "GPU")}})
 
 

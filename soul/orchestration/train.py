@@ -20,8 +20,8 @@ import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig
 
+from soul.device import on_cpu_for_tests
 from soul.orchestration.board import Board
-from soul.orchestration.capacity import capacity
 from soul.orchestration.parallel import run_beside
 from soul.orchestration.stream import ray_steps
 from soul.records import InputError
@@ -120,7 +120,7 @@ def fit(job: TrainJob, *, name: str, on_progress: OnProgress | None = None) -> J
     """
     engine = job.engine
     least = engine.min_workers or engine.num_workers
-    use_gpu = capacity().get("GPU", 0) >= least
+    use_gpu = engine.runs_on == "gpu"
     threads = max(1, (torch.get_num_threads() if engine.num_workers == 1 else 1)) if use_gpu else 1
     trainer = TorchTrainer(
         train_worker,
@@ -155,7 +155,7 @@ def fit(job: TrainJob, *, name: str, on_progress: OnProgress | None = None) -> J
 
 def _backend(engine: EngineConfig, *, use_gpu: bool) -> str:
     """What ranks talk through. Weights in CPU memory need a way of their own."""
-    if not use_gpu:
+    if not use_gpu or on_cpu_for_tests():
         return "gloo"
     return "nccl" if engine.offload is None else "cpu:gloo,cuda:nccl"
 

@@ -20,11 +20,12 @@ from ray import tune
 from soul.benchmarks.objective import cheap_objective
 from soul.benchmarks.outcomes import FAILED, MARK_KEY, STOPPED
 from soul.config import Config
+from soul.device import torch_device
 from soul.evaluate.evaluator import finish
 from soul.evaluate.plan import run_item
 from soul.models.load import load_model, load_tokenizer
 from soul.orchestration.arm import unlearn
-from soul.orchestration.claim import is_done, mark_done, run_dir
+from soul.orchestration.claim import decided_run, is_done, mark_done, run_dir
 from soul.orchestration.data import Sources
 from soul.orchestration.evaluate import Judge, Judged, plan_for
 from soul.orchestration.outcome import write_outcome
@@ -35,7 +36,7 @@ from soul.orchestration.train import TrainingStopped, fit, on_this_node
 from soul.records import InputError
 from soul.report.results import load_results
 from soul.rundir import RunDir
-from soul.train.engine import Engine, pick_device
+from soul.train.engine import Engine
 from soul.train.engines import make_engine
 from soul.train.job import JobResult, TrainJob, run_job
 from soul.train.loop import NonFiniteGradient, NonFiniteLoss, Progress
@@ -50,10 +51,11 @@ def run_trial(params: dict[str, Any], common: dict[str, Any]) -> None:
     """
     torch.set_num_threads(1)
     told = params["run"]
-    config = Config.model_validate_json(RunDir(Path(told["folder"])).config.read_text())
+    asked = Config.model_validate_json(RunDir(Path(told["folder"])).config.read_text())
+    config = decided_run(asked, common["device"])
     report = Reporter(floor=common["floor"])
     try:
-        work(config, command=common["command"], isolated=told["isolated"], report=report)
+        work(asked, config, command=common["command"], isolated=told["isolated"], report=report)
     except (InputError, TrainingStopped, NonFiniteLoss, NonFiniteGradient) as error:
         run_dir(config).finish(FAILED, MARK_KEY, {"reason": str(error)})
         tune.report({"failed": 1.0, "epoch": config.train.epochs + 1})
@@ -86,8 +88,11 @@ def stopped_at(run: RunDir) -> dict[str, Any] | None:
     return run.finished(STOPPED, MARK_KEY)
 
 
-def work(config: Config, *, command: list[str], isolated: bool, report: Reporter) -> None:
-    """The whole run, or what `report` hears of one that is done: a scheduler that was started again has forgotten it."""
+def work(asked: Config, config: Config, *, command: list[str], isolated: bool, report: Reporter) -> None:
+    """The whole run that was `asked` for, with the driver's decision in `config`; or what `report` hears of one that is done.
+
+    A scheduler that was started again has forgotten it.
+    """
     run, display = run_dir(config), Display(enabled=False)
     shared = share(config)
     stopped = stopped_at(run)
@@ -95,7 +100,7 @@ def work(config: Config, *, command: list[str], isolated: bool, report: Reporter
         for row in stopped["epochs"]:
             report.epoch(row)
         return
-    if is_done(config, shared.inputs(config)):
+    if is_done(asked, shared.inputs(asked)):
         for row in load_results(run.path).epochs:
             report.epoch(row.model_dump())
     else:
@@ -117,7 +122,7 @@ def work(config: Config, *, command: list[str], isolated: bool, report: Reporter
             command=command,
             standards={"target": target.path} | ({"retrained": gold.path} if isinstance(gold, Prepared) else {}),
         )
-        mark_done(config, shared.inputs(config))
+        mark_done(asked, shared.inputs(asked))
         shutil.rmtree(run.checkpoints, ignore_errors=True)  # nothing is left to resume
     report.end({**_final_metrics(run), "epoch": config.train.epochs + 1})
 
@@ -161,10 +166,10 @@ def _judge(config: Config, shared: Shared, run: RunDir, display: Display, *, iso
 def judge_here(config: Config, sources: Sources, model: str, name: str, samples: Path | None) -> Judged:
     """As `Judge.judge`, in this process: the plan's batches are fixed, so the values are the same bit for bit."""
     started = time.perf_counter()
-    device = pick_device(0)
+    device = torch_device(config.engine.runs_on)
     tokenizer = load_tokenizer(model, revision=None, trust_remote_code=config.model.trust_remote_code)
     plan = plan_for(config, sources, model, tokenizer)
-    dtype = torch.bfloat16 if config.engine.precision == "bf16" and device.type == "cuda" else torch.float32
+    dtype = torch.float32 if config.engine.precision == "fp32" or config.engine.device == "cpu" else torch.bfloat16
     loaded = load_model(model, dtype=dtype, trust_remote_code=config.model.trust_remote_code).eval().to(device)
     evaluation = finish(
         plan, [run_item(loaded, item, device=device) for item in plan.items], tokenizer, device=torch.device("cpu"), source=name
@@ -179,9 +184,10 @@ def fit_here(job: TrainJob, *, name: str, on_progress: object = None, on_epoch: 
     del on_progress  # a grid shows whole trials
     job = on_this_node(job)
     folder = Path(job.run_dir) / "checkpoints" / name
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
     engine = make_engine(job.engine, rank=0, world=1, local_rank=0)
+    on_gpu = engine.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(engine.device)
     told = 0
 
     def save(engine: Engine, progress: Progress) -> None:
@@ -193,7 +199,7 @@ def fit_here(job: TrainJob, *, name: str, on_progress: object = None, on_epoch: 
 
     kept = checkpoints(folder)
     result = run_job(job, engine, resume_from=kept[-1] if kept else None, save_checkpoint=save)
-    if not torch.cuda.is_available():
+    if not on_gpu:
         result.peak_memory_bytes = 0  # the process's peak, to which the trials before this one belong as well
     return result
 

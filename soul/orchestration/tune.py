@@ -21,8 +21,9 @@ from ray.tune.logger import JsonLoggerCallback, TBXLoggerCallback
 from soul.benchmarks.grid import Trial
 from soul.benchmarks.outcomes import CRASHED, MARK_KEY, STOPPED, reference_folder
 from soul.config import Config
+from soul.device import Device
 from soul.grid_config import GridConfig
-from soul.orchestration.capacity import gpus_per_task, room_for
+from soul.orchestration.capacity import room_for
 from soul.orchestration.checks import check_local_workers, check_model, check_run
 from soul.orchestration.claim import check_claim, claim, is_done, run_dir
 from soul.orchestration.cluster import cluster
@@ -82,7 +83,8 @@ def run_grid(config: GridConfig) -> list[Planned]:
     """
     check_local(config.output)
     planned = plan(config)
-    check_local_workers(config.address, config.engine.num_workers)
+    engine = config.engine
+    check_local_workers(config.address, engine.num_workers, engine.device)
     firsts = {item.config.model.model_dump_json(): item.config for item in reversed(planned)}
     for item in planned:
         check_claim(item.config)
@@ -94,11 +96,11 @@ def run_grid(config: GridConfig) -> list[Planned]:
     display = Display(enabled=config.progress)
     for name, value in TUNE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    with cluster(config.address, num_workers=config.engine.num_workers, verbose=config.verbose), display.live():
-        slots = room_for(config.engine.num_workers)
-        views = make_shared([item.config for item in planned], display, slots=room_for(1))
+    with cluster(config.address, num_workers=engine.num_workers, device=engine.device, verbose=config.verbose) as device, display.live():
+        slots = room_for(engine.num_workers, device)
+        views = make_shared([item.config.decided(device) for item in planned], display, slots=room_for(1, device))
         for model, item in {item.trial.cell.model: item for item in planned}.items():
-            _keep_references(Path(config.output).resolve(), model, item, display)
+            _keep_references(Path(config.output).resolve(), model, item.config.decided(device), display)
         undone = [item for item, view in zip(planned, views, strict=True) if _is_undone(item, view)]
         for item in undone:
             claim(item.config)
@@ -107,13 +109,13 @@ def run_grid(config: GridConfig) -> list[Planned]:
         if undone:
             # halving compares with all that went before, so the finished ones are heard again
             again = planned if config.search == "asha" else undone
-            _search(config, again, display, slots=min(slots, config.max_concurrent or slots))
+            _search(config, again, display, device, slots=min(slots, config.max_concurrent or slots))
     return planned
 
 
-def _keep_references(output: Path, model: str, item: Planned, display: Display) -> None:
+def _keep_references(output: Path, model: str, config: Config, display: Display) -> None:
     """The logs of target and retrained model: the report measures them on the rows on which it measures the trials."""
-    target, retrained = judge_shared(item.config, share(item.config), display)
+    target, retrained = judge_shared(config, share(config), display)
     for kind, log in (("target", target.log), ("retrained", retrained)):
         folder = reference_folder(output, model, kind)
         if log is not None and not folder.is_dir():
@@ -125,15 +127,15 @@ def _is_undone(item: Planned, view: Shared) -> bool:
     return not is_done(item.config, view.inputs(item.config)) and failure_of(run) is None and stopped_at(run) is None
 
 
-def _search(config: GridConfig, planned: Sequence[Planned], display: Display, *, slots: int) -> None:
+def _search(config: GridConfig, planned: Sequence[Planned], display: Display, device: Device, *, slots: int) -> None:
     isolated = planned[0].isolated
     # A Ray Train run's workers take CPUs of their own: a trial that held even a hundredth of one would wait for ever where they need all.
     needs = {"memory": 2.0**20} if isolated else {"CPU": 1.0}
-    if not isolated and gpus_per_task():
+    if not isolated and device == "gpu":
         needs["GPU"] = 1.0
     folder = Path(config.output).resolve() / "tune"
     folder.mkdir(parents=True, exist_ok=True)
-    common = {"floor": config.utility_floor, "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
+    common = {"floor": config.utility_floor, "device": device, "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tuner = tune.Tuner(

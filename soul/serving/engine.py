@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
+from soul.device import Device
 from soul.records import InputError
 from soul.report.seal import model_sha256
 from soul.serving.decoder import End, Row
@@ -60,13 +60,13 @@ class Engine(Protocol):
         """Wait until a closed engine has ended."""
 
 
-def chosen(wanted: EngineKind) -> Literal["transformers", "vllm"]:
-    """What `auto` stands for here.
+def chosen(wanted: EngineKind, device: Device) -> Literal["transformers", "vllm"]:
+    """What `auto` stands for on this device.
 
     Raises:
         InputError: vLLM is wanted and not installed.
     """
-    if wanted == "transformers" or (wanted == "auto" and not torch.cuda.is_available()):
+    if wanted == "transformers" or (wanted == "auto" and device == "cpu"):
         return "transformers"
     if importlib.util.find_spec("vllm") is not None:
         return "vllm"
@@ -84,7 +84,7 @@ def load_engine(spec: ModelSpec, settings: EngineSettings) -> Engine:
     folder = Path(local(spec.folder))
     if model_sha256(folder) != spec.sha256:
         raise InputError("the model's files have changed since they were checked. Evaluate them and let the server read the run again.")
-    if chosen(settings.kind) == "vllm":
+    if chosen(settings.kind, settings.device) == "vllm":
         from soul.serving.vllm_engine import load_vllm_engine
 
         return load_vllm_engine(folder, settings)

@@ -26,7 +26,8 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     add("--api-key-file", metavar="FILE", help=f"API keys, one a line [default: those in {VARIABLE}, if it is set]")
     add("--replicas", type=int, metavar="N", help="replicas that hold models [default: 1]")
     add("--max-models", type=int, metavar="N", help="models that a replica holds; the least recently used one makes room [default: 4]")
-    add("--gpus-per-replica", type=float, metavar="N", help="GPUs of a replica [default: 0]")
+    add("--device", choices=["auto", "gpu", "cpu"], help="what replicas compute on [default: auto, a GPU where the cluster can have some]")
+    add("--gpus-per-replica", type=float, metavar="N", help="GPUs of a replica [default: 1 on GPUs]")
     add(
         "--engine",
         choices=["auto", "transformers", "vllm"],
@@ -52,7 +53,7 @@ def serve_overrides(parsed: argparse.Namespace, policy: dict[str, Any] | None) -
         hosting["policy"] = policy
     if parsed.allow_unevaluated:
         hosting["allow_unevaluated"] = True
-    replicas = {"max_models": parsed.max_models, "num_gpus": parsed.gpus_per_replica, "engine": parsed.engine}
+    replicas = {"max_models": parsed.max_models, "num_gpus": parsed.gpus_per_replica, "engine": parsed.engine, "device": parsed.device}
     replicas |= {"minimum": parsed.replicas, "maximum": parsed.replicas}
     if parsed.config is not None and hosting:
         raise InputError(

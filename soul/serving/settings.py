@@ -8,6 +8,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from soul.device import Device, Wanted
 from soul.serving.policy import Policy
 from soul.store import is_uri
 
@@ -32,6 +33,7 @@ class EngineSettings:
     max_top: int = 20
     max_models: int = 1
     num_gpus: float = 0.0
+    device: Device = "cpu"
 
 
 class Limits(_Section):
@@ -60,7 +62,8 @@ class Replicas(_Section):
     """`maximum` above `minimum` lets Serve add replicas while each has more than `target_requests` in flight.
 
     `gateways`: processes with the routes. Two keep answering while one is replaced or lost.
-    `engine`: what runs the models; auto is vLLM on a GPU where it is installed, else transformers.
+    `engine`: what runs the models; auto is vLLM on a GPU where it is installed, else transformers. `device`: auto is a GPU where the
+    cluster has or can add some. `num_gpus`: of one replica (null: 1 on GPUs).
     """
 
     engine: EngineKind = "auto"
@@ -69,7 +72,8 @@ class Replicas(_Section):
     maximum: Count = 1
     target_requests: Annotated[float, Field(gt=0)] = 8.0
     num_cpus: Annotated[float, Field(ge=0)] = 0.5
-    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    device: Wanted = "auto"
+    num_gpus: Annotated[float, Field(ge=0)] | None = None
     max_models: Count = 4
     drain_s: Seconds = 30.0
 
@@ -77,7 +81,21 @@ class Replicas(_Section):
     def _ordered(self) -> Replicas:
         if self.maximum < self.minimum:
             raise ValueError(f"replicas.maximum ({self.maximum}) must be at least replicas.minimum ({self.minimum})")
+        if (self.device == "gpu" and self.num_gpus == 0) or (self.device == "cpu" and self.num_gpus):
+            raise ValueError(f"replicas.num_gpus ({self.num_gpus:g}) does not go with replicas.device {self.device}")
         return self
+
+    @property
+    def wants(self) -> Wanted:
+        """A number of GPUs says what device is meant."""
+        if self.device != "auto" or self.num_gpus is None:
+            return self.device
+        return "gpu" if self.num_gpus else "cpu"
+
+    def decided(self, device: Device) -> Replicas:
+        """With the driver's decision in place of auto: on GPUs each replica has one of its own, unless told otherwise."""
+        default = 1.0 if device == "gpu" else 0.0
+        return self.model_copy(update={"device": device, "num_gpus": default if self.num_gpus is None else self.num_gpus})
 
 
 class Hosting(_Section):
@@ -126,7 +144,13 @@ class ServeConfig(_Section):
     @property
     def engine_settings(self) -> EngineSettings:
         limits, size = self.limits, self.replicas
-        return EngineSettings(size.engine, limits.max_rows, limits.max_batch_tokens, limits.max_top, size.max_models, size.num_gpus)
+        assert size.device != "auto" and size.num_gpus is not None, "the driver decides: ServeConfig.decided"
+        rows, tokens, top = limits.max_rows, limits.max_batch_tokens, limits.max_top
+        return EngineSettings(size.engine, rows, tokens, top, size.max_models, size.num_gpus, size.device)
+
+    def decided(self, device: Device) -> ServeConfig:
+        """As `Replicas.decided`."""
+        return self.model_copy(update={"replicas": self.replicas.decided(device)})
 
     @property
     def max_in_flight(self) -> int:

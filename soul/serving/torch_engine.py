@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from soul.device import torch_device
 from soul.evaluate.evaluator import positions
 from soul.evaluate.generate import stop_ids
 from soul.models.load import load_model, load_tokenizer
@@ -197,8 +198,7 @@ def load_torch_engine(folder: Path, settings: EngineSettings) -> TorchEngine:
     Raises:
         InputError: the model cannot be loaded, or cannot be batched.
     """
-    on_gpu = torch.cuda.is_available()
-    model = load_model(str(folder), dtype=torch.bfloat16 if on_gpu else torch.float32).eval()
-    if on_gpu:
-        model.to("cuda")
+    device = torch_device(settings.device)
+    model = load_model(str(folder), dtype=torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
+    model.to(device)
     return TorchEngine(model, load_tokenizer(str(folder)), max_rows=settings.max_rows, max_batch_tokens=settings.max_batch_tokens)

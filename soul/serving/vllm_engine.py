@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from uuid import uuid4
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
+from soul.device import torch_device
 from soul.evaluate.generate import stop_ids_of
 from soul.models.load import load_tokenizer
 from soul.records import InputError
@@ -249,7 +249,7 @@ def load_vllm_engine(folder: Path, settings: EngineSettings) -> VllmEngine:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import AsyncEngineArgs
 
-    on_gpu = torch.cuda.is_available()
+    on_gpu = torch_device(settings.device).type == "cuda"
     arguments = AsyncEngineArgs(
         model=str(folder),
         skip_tokenizer_init=True,

@@ -35,12 +35,12 @@ class DDPEngine:
     def __init__(self, config: EngineConfig, *, rank: int, world: int, local_rank: int) -> None:
         self.config = config
         self.rank, self.world = rank, world
-        self.device = join_group(rank, world, local_rank)
+        self.device = join_group(config, rank, world, local_rank)
         self.model: nn.Module
         self.optimizer: torch.optim.Optimizer
 
     def prepare(self, build_model: BuildModel, build_optimizer: BuildOptimizer) -> None:
-        model = store_weights(in_memory(build_model()).to(self.device), self.config.precision)
+        model = store_weights(in_memory(build_model()).to(self.device), self.config.computes_in)
         enable_checkpointing(model, self.config)
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         replica = DistributedDataParallel(model, device_ids=device_ids, forward_sync_buffers=False, gradient_as_bucket_view=True)
@@ -49,7 +49,7 @@ class DDPEngine:
         self.model, self.optimizer = replica, build_optimizer(model)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        return forward_context(self.device, self.config.precision)
+        return forward_context(self.device, self.config.computes_in)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         if last:

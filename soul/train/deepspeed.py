@@ -49,7 +49,7 @@ class DeepSpeedEngine:
     def __init__(self, config: EngineConfig, *, rank: int, world: int, local_rank: int) -> None:
         self.config = config
         self.rank, self.world = rank, world
-        self.device = join_group(rank, world, local_rank)
+        self.device = join_group(config, rank, world, local_rank)
         self._deepspeed = import_deepspeed(has_gpu=self.device.type == "cuda")
         os.environ.setdefault("LOCAL_RANK", str(local_rank))  # where DeepSpeed looks for it
         self.model: nn.Module

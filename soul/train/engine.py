@@ -16,13 +16,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from soul.device import Device, Wanted
 from soul.models.stored import BuildModel as BuildModel  # part of this module's interface
 
 BuildOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 Precision = Literal["fp32", "bf16", "pure_bf16"]
 
 # What says where a run lives and not what it computes: it may be another each time the run is resumed.
-PLACEMENT = frozenset({"name", "num_workers", "min_workers", "max_failures", "zero_stage", "offload", "gradient_checkpointing"})
+PLACEMENT = frozenset({"name", "device", "num_workers", "min_workers", "max_failures", "zero_stage", "offload", "gradient_checkpointing"})
 
 
 class EngineConfig(BaseModel):
@@ -33,11 +34,16 @@ class EngineConfig(BaseModel):
     name: Literal["single", "ddp", "fsdp", "deepspeed"] = Field(
         "single", description="single process, replicated (ddp) or sharded (fsdp: FSDP2; deepspeed: ZeRO)"
     )
-    num_workers: int = Field(1, ge=1, description="training workers (ranks); one GPU each where there are GPUs")
-    precision: Precision = Field(
-        "fp32",
+    device: Wanted = Field(
+        "auto",
+        description="what trains and evaluates: gpu waits for what an autoscaler can add, and is an error where there can be none; "
+        "auto: GPUs where the cluster has or can add some, else CPUs",
+    )
+    num_workers: int = Field(1, ge=1, description="training workers (ranks), each with a GPU or a CPU of its own")
+    precision: Literal["auto"] | Precision = Field(
+        "auto",
         description="compute precision; weights, gradients and optimizer state stay fp32, but for pure_bf16, which is for parity studies: "
-        "weights in bf16, where small steps are lost",
+        "weights in bf16, where small steps are lost (auto: bf16 on GPUs, fp32 on CPUs; a resumed run keeps what it began with)",
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, more time")
     max_grad_norm: float | None = Field(1.0, gt=0, description="clip the global gradient norm to this; null: no clipping")
@@ -79,16 +85,38 @@ class EngineConfig(BaseModel):
             raise ValueError(f"zero_stage {self.stage} offloads the optimizer only. Set offload to optimizer, or zero_stage to 3.")
         return self
 
+    def decided(self, device: Device) -> Self:
+        """With `device` and the precision that goes with it; what jobs carry and engines are made of."""
+        return self.model_copy(update={"device": device, "precision": self.precision_on(device)})
+
+    def precision_on(self, device: Device) -> Precision:
+        """The chosen precision; with auto, what the device is made for."""
+        if self.precision == "auto":
+            return "bf16" if device == "gpu" else "fp32"
+        return self.precision
+
+    @property
+    def computes_in(self) -> Precision:
+        """The precision of a decided config."""
+        assert self.precision != "auto", "the driver decides device and precision before anything is computed: EngineConfig.decided"
+        return self.precision
+
+    @property
+    def runs_on(self) -> Device:
+        """The device of a decided config."""
+        assert self.device != "auto", "the driver decides device and precision before anything is computed: EngineConfig.decided"
+        return self.device
+
     @property
     def preparing_precision(self) -> Precision:
-        """In which models to unlearn are made: pure_bf16 is for unlearning itself."""
-        return "bf16" if self.precision == "pure_bf16" else self.precision
+        """In which models to unlearn are made, of a decided config: pure_bf16 is for unlearning itself."""
+        return "bf16" if self.computes_in == "pure_bf16" else self.computes_in
 
     def check_adapters(self, lora_rank: int | None) -> None:
         """Raises:
         ValueError: the weights that adapters are added to would be rounded.
         """
-        if lora_rank is not None and self.name == "deepspeed" and self.precision != "fp32":
+        if lora_rank is not None and self.name == "deepspeed" and self.precision not in ("fp32", "auto"):
             raise ValueError("lora_rank under deepspeed in bf16 would round the weights it adds to. Choose engine fsdp, or precision fp32.")
 
     def check_estimator(self, optimizer: str, estimator: str | None) -> None:
@@ -183,8 +211,3 @@ def unwrap(model: nn.Module) -> nn.Module:
     inner = getattr(model, "module", model)
     assert isinstance(inner, nn.Module)
     return inner
-
-
-def pick_device(local_rank: int) -> torch.device:
-    """The rank's GPU, or the CPU where there is none."""
-    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")

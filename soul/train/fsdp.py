@@ -41,7 +41,7 @@ class FSDPEngine:
     def __init__(self, config: EngineConfig, *, rank: int, world: int, local_rank: int) -> None:
         self.config = config
         self.rank, self.world = rank, world
-        self.device = join_group(rank, world, local_rank)
+        self.device = join_group(config, rank, world, local_rank)
         self.model: nn.Module
         self.optimizer: torch.optim.Optimizer
 
@@ -54,7 +54,7 @@ class FSDPEngine:
             values,
             device=self.device,
             dtype=torch.bfloat16 if self.config.precision == "pure_bf16" else None,
-            shard=lambda unit: fully_shard(unit, mesh=mesh, mp_policy=POLICIES[self.config.precision], offload_policy=offload),
+            shard=lambda unit: fully_shard(unit, mesh=mesh, mp_policy=POLICIES[self.config.computes_in], offload_policy=offload),
         )
         enable_checkpointing(self.model, self.config)
         self.optimizer = build_optimizer(self.model)

@@ -6,17 +6,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from soul.train.engine import pick_device
+from soul.device import torch_device
+from soul.train.engine import EngineConfig
 
 
-def join_group(rank: int, world: int, local_rank: int) -> torch.device:
+def join_group(config: EngineConfig, rank: int, world: int, local_rank: int) -> torch.device:
     """Check that this process is rank `rank` of a group of `world`; returns its device, made current."""
     assert dist.is_initialized(), (
         "an engine of several ranks needs a process group: start it with Ray Train, torchrun or init_process_group"
     )
     found = (dist.get_rank(), dist.get_world_size())
     assert found == (rank, world), f"the engine was made for rank {rank} of {world}, the process group says rank {found[0]} of {found[1]}"
-    device = pick_device(local_rank)
+    device = torch_device(config.runs_on, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device

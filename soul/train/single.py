@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from soul.device import torch_device
 from soul.models.stored import in_memory
 from soul.records import InputError
-from soul.train.engine import BuildModel, BuildOptimizer, EngineConfig, FullEntry, StepInfo, pick_device
+from soul.train.engine import BuildModel, BuildOptimizer, EngineConfig, FullEntry, StepInfo
 from soul.train.export import export_model
 from soul.train.state import full_entries, load_state, save_state
 from soul.train.update import (
@@ -39,17 +40,17 @@ class SingleEngine:
             raise InputError(f"the single engine runs on 1 worker, got {world}. Use --engine ddp or fsdp, or --num-workers 1.")
         self.config = config
         self.rank, self.world = rank, world
-        self.device = pick_device(local_rank)
+        self.device = torch_device(config.runs_on, local_rank)
         self.model: nn.Module
         self.optimizer: torch.optim.Optimizer
 
     def prepare(self, build_model: BuildModel, build_optimizer: BuildOptimizer) -> None:
-        self.model = store_weights(in_memory(build_model()).to(self.device), self.config.precision)
+        self.model = store_weights(in_memory(build_model()).to(self.device), self.config.computes_in)
         enable_checkpointing(self.model, self.config)
         self.optimizer = build_optimizer(self.model)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        return forward_context(self.device, self.config.precision)
+        return forward_context(self.device, self.config.computes_in)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()

@@ -13,7 +13,7 @@ pytest.importorskip("ray")
 import ray
 
 from soul.orchestration import capacity as module
-from soul.orchestration.capacity import LIMITS, capacity, gpus_per_task, launched, limits, room_for
+from soul.orchestration.capacity import LIMITS, capacity, decide, launched, limits, room_for
 from soul.preflight import check_workers
 from soul.records import InputError
 
@@ -34,7 +34,7 @@ def asleep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def fits(num_workers: int) -> bool:
     most = capacity()
     try:
-        check_workers(num_workers, num_cpus=most.get("CPU", 0), num_gpus=most.get("GPU", 0))
+        check_workers(num_workers, decide("auto") if most.get("GPU") else "cpu", most)
     except InputError:
         return False
     return True
@@ -43,17 +43,26 @@ def fits(num_workers: int) -> bool:
 def test_without_an_autoscaler_what_is_there_counts(asleep: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not fits(1)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
-    assert fits(4) and not fits(5) and gpus_per_task() == 0
+    assert fits(4) and not fits(5) and decide("auto") == "cpu"
 
 
 def test_an_autoscaler_that_does_not_say_is_not_second_guessed(asleep: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "is_autoscaler_v2", lambda fetch_from_server: True)
-    assert fits(1000) and room_for(1) == 64 and gpus_per_task() == 0
+    assert fits(1000) and room_for(1, "cpu") == 64
+    assert decide("gpu") == "gpu" and decide("cpu") == "cpu"  # waits for what may come
+    with pytest.raises(InputError, match=r"--device auto cannot decide. Say --device gpu .* or set SOUL_CLUSTER_LIMITS"):
+        decide("auto")
+
+
+def test_a_gpu_that_cannot_come_is_an_error(asleep: None) -> None:
+    with pytest.raises(InputError, match=r"--device gpu: the cluster has no GPU, and nothing that could add one"):
+        decide("gpu")
 
 
 def test_it_can_be_told(asleep: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(LIMITS, "CPU=64, GPU=8")
-    assert capacity()["GPU"] == 8 and fits(8) and not fits(9) and gpus_per_task() == 1 and room_for(2) == 4
+    assert capacity()["GPU"] == 8 and fits(8) and not fits(9) and decide("auto") == "gpu" and room_for(2, "gpu") == 4
+    assert decide("cpu") == "cpu" and room_for(2, "cpu") == 32  # told so, whatever there is
     for wrong in ("64", "CPU=many", "CPU=1;GPU=2"):
         with pytest.raises(InputError, match=r"must look like CPU=64,GPU=8"):
             limits(wrong)

@@ -152,18 +152,25 @@ def test_warming_reaches_every_replica_and_survives_lost_ones() -> None:
 
 def test_replicas_scale_between_their_bounds_and_drain() -> None:
     config = ServeConfig.model_validate(
-        {"replicas": {"minimum": 2, "maximum": 5, "target_requests": 3, "drain_s": 12, "num_gpus": 1, "gateways": 2}}
-    )
+        {"replicas": {"minimum": 2, "maximum": 5, "target_requests": 3, "drain_s": 12, "num_gpus": 0.5, "gateways": 2}}
+    ).decided("gpu")
     app: Any = application(config, Catalogue())
     assert app._bound_deployment._deployment_config.num_replicas == 2
     generators = app._bound_deployment.init_args[1]._bound_deployment
     scaling = generators._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (2, 5, 3)
     assert generators._deployment_config.graceful_shutdown_timeout_s == 12
-    assert generators.ray_actor_options["num_gpus"] == 1
+    assert generators.ray_actor_options["num_gpus"] == 0.5
     assert generators._deployment_config.max_ongoing_requests == config.limits.max_requests
-    fixed: Any = application(ServeConfig(), Catalogue())
-    assert fixed._bound_deployment.init_args[1]._bound_deployment._deployment_config.num_replicas == 1
+    fixed: Any = application(ServeConfig().decided("gpu"), Catalogue())
+    alone = fixed._bound_deployment.init_args[1]._bound_deployment
+    assert alone._deployment_config.num_replicas == 1
+    assert alone.ray_actor_options["num_gpus"] == 1  # nobody has said how many: a card of its own
+    on_cpus: Any = application(ServeConfig().decided("cpu"), Catalogue())
+    assert on_cpus._bound_deployment.init_args[1]._bound_deployment.ray_actor_options["num_gpus"] == 0
+    for wrong in ({"device": "gpu", "num_gpus": 0}, {"device": "cpu", "num_gpus": 1}):
+        with pytest.raises(ValueError, match="does not go with replicas.device"):
+            ServeConfig.model_validate({"replicas": wrong})
 
 
 def test_the_builder_takes_keys_from_the_nodes_environment_and_knows_every_setting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +180,7 @@ def test_the_builder_takes_keys_from_the_nodes_environment_and_knows_every_setti
     with pytest.raises(ValueError, match="minimun"):
         build_app({"replicas": {"minimun": 2}})
     monkeypatch.setenv("SOUL_API_KEYS", "a-key-in-a-secret-0123")
-    app: Any = build_app({"host": "0.0.0.0", "key_hashes": [hash_key("another-key-0123456789")]})
+    app: Any = build_app({"host": "0.0.0.0", "replicas": {"device": "cpu"}, "key_hashes": [hash_key("another-key-0123456789")]})
     told = app._bound_deployment.init_args[0]
     assert told["key_hashes"] == [hash_key("another-key-0123456789"), hash_key("a-key-in-a-secret-0123")]
     assert "a-key-in-a-secret" not in str(told)

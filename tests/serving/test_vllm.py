@@ -189,14 +189,13 @@ def test_a_start_that_fails_leaves_no_thread(folder: Path, monkeypatch: pytest.M
 
 def test_which_engine_auto_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:
     there: Any = object()
-    for on_gpu, spec, wanted in [(False, there, "transformers"), (True, None, "transformers"), (True, there, "vllm")]:
-        monkeypatch.setattr(engines.torch.cuda, "is_available", lambda on_gpu=on_gpu: on_gpu)
+    for device, spec, wanted in [("cpu", there, "transformers"), ("gpu", None, "transformers"), ("gpu", there, "vllm")]:
         monkeypatch.setattr(engines.importlib.util, "find_spec", lambda _, spec=spec: spec)
-        assert chosen("auto") == wanted
-        assert chosen("transformers") == "transformers"
+        assert chosen("auto", device) == wanted
+        assert chosen("transformers", device) == "transformers"
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(InputError, match="extra llm"):
-        chosen("vllm")
+        chosen("vllm", "gpu")
 
 
 PARENT = """

@@ -71,7 +71,7 @@ def new_run(optimizer: OptimizerConfig, *, dtype: torch.dtype = torch.float32, m
         del model.model.layers[1:]  # type: ignore[union-attr, operator]
         return model
 
-    engine = SingleEngine(EngineConfig(max_grad_norm=max_grad_norm))
+    engine = SingleEngine(EngineConfig(max_grad_norm=max_grad_norm).decided("cpu"))
     engine.prepare(build_model, lambda model: optimizer.build(model.named_parameters()))
     return Run(engine, Progress())
 

@@ -101,7 +101,7 @@ def test_the_linear_softmax_takes_the_step_of_its_closed_form(data: Any) -> None
     """The gradient is exact, the diagonal of sampled labels right in the mean. Eighteen passes over seven forget rows are fourteen over
     nine retain rows, so that every row counts alike."""
     optimizer = OneShotConfig(hessian_data=data, damping=0.5)
-    engine = SingleEngine(EngineConfig(max_grad_norm=None))
+    engine = SingleEngine(EngineConfig(max_grad_norm=None).decided("cpu"))
     engine.prepare(Bigram, lambda model: optimizer.build(model.named_parameters()))
     [weight] = engine.model.parameters()
     start = weight.detach().clone()
