@@ -40,13 +40,15 @@ from soul.report.numbers import memory
 from soul.train.config import TrainConfig
 from soul.train.curvature import hessian_splits
 from soul.train.deepspeed import BUCKET, MAX_LIVE, SUB_GROUP
-from soul.train.engine import EngineConfig, Precision
+from soul.train.engine import EngineConfig, Need, Precision
 from soul.train.sharding import decoder_blocks
 
 FP32 = 4
 COMPUTE_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "pure_bf16": 2}
 REFERENCE_BYTES = 8
 LINEAR = (nn.Linear, Conv1D)
+ACTIVATIONS, LOGITS, PRODUCT = "activations", "logits (at most)", "Hessian product"
+AT_MOST = frozenset({ACTIVATIONS, LOGITS, PRODUCT})
 REMEDIES = (
     "Shard over more workers (--engine fsdp), recompute activations (--gradient-checkpointing), lower --micro-batch-size, train adapters "
     "(--lora-rank) or use --offload."
@@ -110,6 +112,11 @@ class Plan:
     def memory_bytes(self) -> int:
         """What is not offloaded."""
         return sum(item.num_bytes for item in self.memory if not item.on_cpu)
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """What is not offloaded, as jobs carry it to their workers."""
+        return tuple(Need(item.name, item.num_bytes, item.name not in AT_MOST) for item in self.memory if not item.on_cpu)
 
     def disk_bytes(self, config: Config) -> int:
         """What the run directory needs at its fullest: the checkpoints that are kept, the one being written, the exported model."""
@@ -188,9 +195,9 @@ def memory_per_worker(config: Config, shape: ModelShape, *, tokens: int, num_for
         items = _zero_items(engine, total=total, trained=trained, num_states=states)
     else:
         items = _own_items(engine, shape, total=total, trained=trained, num_states=states)
-    items += [MemoryItem("activations", saved), MemoryItem("logits (at most)", tokens * shape.vocab_size * (compute + 2 * FP32))]
+    items += [MemoryItem(ACTIVATIONS, saved), MemoryItem(LOGITS, tokens * shape.vocab_size * (compute + 2 * FP32))]
     if config.optimizer.estimator == "hutchinson":
-        items.append(MemoryItem("Hessian product", 4 * FP32 * trained + saved))
+        items.append(MemoryItem(PRODUCT, 4 * FP32 * trained + saved))
     if needs_reference(config.method):
         items.append(MemoryItem("reference log-probabilities", REFERENCE_BYTES * num_forget))
     return tuple(items)

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from soul.device import COMPUTE
 from tests.s3 import Store, free_port, store_on_loopback
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,12 +125,17 @@ def bucket(s3_store: Store, request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """One local Ray for the whole session. Four logical CPUs on any machine: two workers of one CPU each leave room for Ray Data."""
+    """One local Ray for the whole session, with eight logical GPUs, so that every run is placed as on a machine that has them.
+
+    Four logical CPUs on any machine: two workers of one CPU each leave room for Ray Data.
+    """
     import ray  # the other tests run where ray is not installed
 
+    os.environ[COMPUTE] = "cpu"  # tensors stay on the CPU; what is asked of Ray does not
     ray.init(
         address="local",
         num_cpus=4,
+        num_gpus=8,
         include_dashboard=False,
         object_store_memory=300_000_000,
         log_to_driver=False,
@@ -137,3 +143,4 @@ def ray_cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+    del os.environ[COMPUTE]

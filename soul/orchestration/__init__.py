@@ -5,9 +5,6 @@ import os
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report blocks for one poll: 2 s at Ray's default
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that outlives an interrupted run must not start another Ray
     "RAY_worker_maximum_startup_concurrency": "8",  # Ray warns of four times as many processes; two arms of a run need ten

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from pydantic import ValidationError
+
 from soul.config import Config
 from soul.device import Device
 from soul.preflight import check_output
@@ -37,7 +39,9 @@ def check_claim(config: Config) -> None:
         if config.resume:
             raise InputError(f"--resume: {config.output} holds no run to continue. Remove --resume, or correct --output.")
         return
-    ours, theirs = _settings(config), json.loads(folder.config.read_text())
+    ours, theirs = _settings(config), _read(folder)
+    if ours["engine"]["precision"] == "auto":  # it goes on in what it began with
+        ours["engine"]["precision"] = theirs["engine"]["precision"]
     if config.resume:
         ours, theirs = _without_placement(ours), _without_placement(theirs)
     other = sorted(key for key in {*ours, *theirs} - _INCIDENTAL if ours.get(key) != theirs.get(key))
@@ -55,17 +59,22 @@ def claim(config: Config) -> None:
     """Make the run directory this run's own."""
     folder = run_dir(config)
     folder.create()
+    if config.engine.precision == "auto" and folder.config.is_file() and (given := _read(folder)["engine"]["precision"]) != "auto":
+        folder.finish(_PRECISION, _AUTO, {"precision": given})
     write_atomically(folder.config, config.model_dump_json(indent=2) + "\n")
 
 
 def is_done(config: Config, inputs: Any) -> bool:
     """Whether the run has finished with these settings and `inputs` (what names its data and models)."""
     folder = run_dir(config)
-    return folder.finished(_STAGE, _key(config, inputs)) is not None and folder.results.is_file() and holds(folder.model)
+    if not folder.config.is_file():
+        return False
+    written = json.loads(folder.config.read_text())  # an earlier version has written fewer settings, and a marker with their key
+    return folder.finished(_STAGE, _key(written, inputs)) is not None and folder.results.is_file() and holds(folder.model)
 
 
 def mark_done(config: Config, inputs: Any) -> None:
-    run_dir(config).finish(_STAGE, _key(config, inputs), {})
+    run_dir(config).finish(_STAGE, _key(_settings(config), inputs), {})
 
 
 def decided_run(config: Config, device: Device) -> Config:
@@ -78,9 +87,25 @@ def decided_run(config: Config, device: Device) -> Config:
     return decided
 
 
-def _key(config: Config, inputs: Any) -> str:
-    settings = _without_placement(_settings(config))
-    return digest([{name: value for name, value in settings.items() if name not in _INCIDENTAL}, inputs])
+def _key(settings: dict[str, Any], inputs: Any) -> str:
+    kept = _without_placement(settings)
+    return digest([{name: value for name, value in kept.items() if name not in _INCIDENTAL}, inputs])
+
+
+def _read(folder: RunDir) -> dict[str, Any]:
+    """The settings of the run in `folder`; what an earlier version did not know of has its default.
+
+    Raises:
+        InputError: they are of another version, or damaged.
+    """
+    try:
+        return _settings(Config.model_validate_json(folder.config.read_text()))
+    except ValidationError as error:
+        names = ", ".join(sorted({".".join(map(str, item["loc"])) for item in error.errors(include_input=False)}))
+        raise InputError(
+            f"{folder.place} holds a run that this version cannot read (config.json: {names}). Choose another --output, or delete that "
+            "folder."
+        ) from None
 
 
 def _settings(config: Config) -> dict[str, Any]:

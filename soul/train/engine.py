@@ -147,6 +147,15 @@ class EngineConfig(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
+class Need:
+    """One part of what a rank needs of its device's memory, from the plan; what is not sure is an upper bound."""
+
+    name: str
+    num_bytes: int
+    is_sure: bool
+
+
+@dataclass(frozen=True, slots=True)
 class StepInfo:
     """What one optimizer step did. `grad_norm` is the global norm before clipping."""
 

@@ -11,6 +11,7 @@ import pytest
 from soul.config import Config
 from soul.train.engines import make_engine
 from soul.train.job import TrainJob, run_job
+from tests.orchestration.held import watched
 from tests.orchestration.mini import Finished, long_job, mini, write_tofu
 
 
@@ -42,8 +43,9 @@ def finished(ray_cluster: None, tofu: Path, tmp_path_factory: pytest.TempPathFac
 
         patch.setattr(arm, "TrainJob", recorded)
         patch.setattr(pipeline, "prepared_model", kept)
-        run = pipeline.run(config)
-    yield Finished(tofu, run, folder / "run-adamw", config, jobs, Path(prepared["target"]), Path(prepared["retrained"]))
+        with watched() as held:
+            run = pipeline.run(config)
+    yield Finished(tofu, run, folder / "run-adamw", config, jobs, Path(prepared["target"]), Path(prepared["retrained"]), held)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,9 @@ from safetensors.torch import load_file
 from soul.config import Config
 from soul.data.fictitious import fictitious_splits
 from soul.records import Record
+from soul.train.engine import EngineConfig
 from soul.train.job import TrainJob
+from tests.orchestration.held import Held
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_FORGET, NUM_RETAIN, NUM_OTHER = 20, 40, 6
@@ -41,6 +43,7 @@ class Finished:
     jobs: dict[str, TrainJob]
     target: Path
     retrained: Path
+    held: Held
 
 
 def splits() -> dict[str, list[Record]]:
@@ -81,6 +84,7 @@ def settings(data: Path, output: Path, **sections: Any) -> dict[str, Any]:
         "model": {"tiny": TINY},
         "prepare": {"max_steps": 20},
         "train": {"epochs": 2},
+        "engine": {"precision": "fp32"},  # what is compared bit for bit; on the logical GPUs auto would be bf16
         "evaluate": {"max_new_tokens": 16},
         "output": str(output),
         "progress": False,
@@ -92,6 +96,11 @@ def settings(data: Path, output: Path, **sections: Any) -> dict[str, Any]:
 
 def mini(data: Path, output: Path, **sections: Any) -> Config:
     return Config.model_validate(settings(data, output, **sections))
+
+
+def on_gpus(**engine: Any) -> EngineConfig:
+    """An engine as the driver decides it on the session's Ray, whose GPUs are logical; fp32, because results are compared bit for bit."""
+    return EngineConfig(precision="fp32", **engine).decided("gpu")
 
 
 def long_job(finished: Finished, folder: Path) -> TrainJob:

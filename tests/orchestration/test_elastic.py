@@ -12,13 +12,14 @@ import pytest
 from ray.train import TrainingFailedError
 
 from soul.config import Config
-from soul.orchestration.claim import check_claim, claim
+from soul.orchestration.claim import check_claim, claim, decided_run, is_done
 from soul.orchestration.train import fit
 from soul.records import InputError
+from soul.rundir import RunDir, digest, write_json
 from soul.train.engine import EngineConfig
 from soul.train.engines import make_engine
 from soul.train.job import TrainJob, run_job
-from tests.orchestration.mini import STEPS, TRAIN, Finished
+from tests.orchestration.mini import STEPS, TRAIN, Finished, on_gpus
 from tests.orchestration.test_faults import children
 
 SHORT = [{"name": "fsdp", "num_workers": 2}, {"name": "deepspeed", "num_workers": 1, "zero_stage": 2}]
@@ -56,9 +57,9 @@ def test_a_run_changes_engines_and_workers_on_its_way(engines: list[Mapping[str,
     run = tmp_path / "moved"
     moved = replace(job, run_dir=str(run), export=str(run / "model"))
     for i, engine in enumerate(engines[:-1]):
-        killed_at(replace(moved, engine=EngineConfig(**engine, max_failures=0)), 40 + 45 * i)
+        killed_at(replace(moved, engine=on_gpus(**engine, max_failures=0)), 40 + 45 * i)
         assert not (run / "model").exists(), "the run ended before its worker was killed"
-    result = fit(replace(moved, engine=EngineConfig(**engines[-1])), name="elastic")
+    result = fit(replace(moved, engine=on_gpus(**engines[-1])), name="elastic")
     assert result.steps == STEPS
     assert losses(run) == pytest.approx(losses(tmp_path / "straight"), rel=0.01)
 
@@ -69,7 +70,37 @@ def config(folder: Path, **values: Any) -> Config:
 
 def begun(folder: Path) -> None:
     claim(config(folder, engine={"name": "fsdp", "num_workers": 2}))
-    (folder / "run" / ".stages").mkdir()
+    RunDir(folder / "run").finish("tokens", "key", {})
+
+
+def test_a_run_of_an_earlier_version_is_known_and_goes_on_in_its_precision(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    written = json.loads(config(tmp_path).model_dump_json())
+    del written["engine"]["device"]
+    written["engine"]["precision"] = "fp32"
+    write_json(run.config, written)
+    placed = {"name", "num_workers", "min_workers", "max_failures", "zero_stage", "offload", "gradient_checkpointing"}
+    kept = {name: value for name, value in written.items() if name not in {"output", "cache", "address", "resume", "progress", "verbose"}}
+    kept["engine"] = {name: value for name, value in written["engine"].items() if name not in placed}
+    run.finish("outcome", digest([kept, ["rows"]]), {})
+    run.results.write_text("{}")
+    run.model.mkdir()
+    check_claim(config(tmp_path))
+    assert is_done(config(tmp_path), ["rows"]) and not is_done(config(tmp_path), ["other rows"])
+    claim(config(tmp_path))
+    assert decided_run(config(tmp_path), "gpu").engine.computes_in == "fp32"
+    with pytest.raises(InputError, match=r"its engine settings differ"):
+        check_claim(config(tmp_path, engine={"precision": "bf16"}))
+    write_json(run.config, {**written, "optimiser": "sophia"})
+    with pytest.raises(InputError, match=r"that this version cannot read \(config.json: optimiser\)"):
+        check_claim(config(tmp_path))
+
+
+def test_a_run_keeps_the_precision_it_began_with(tmp_path: Path) -> None:
+    claim(config(tmp_path))
+    assert decided_run(config(tmp_path), "gpu").engine.computes_in == "bf16"
+    again = decided_run(config(tmp_path), "cpu").engine
+    assert (again.runs_on, again.computes_in) == ("cpu", "bf16")
 
 
 def test_resuming_may_move_a_run(tmp_path: Path) -> None:

@@ -148,6 +148,7 @@ def evaluated(finished: Finished, folder: Path, retrained: Path) -> Path:
     """`soul evaluate` of the finished run's model."""
     made = settings(finished.data, folder / "evaluation")
     sections = {name: made[name] for name in ("data", "evaluate", "output", "progress")}
+    sections["precision"] = "fp32"
     config = EvaluateConfig.model_validate({**sections, "model": {"path": str(finished.run / "model"), "retrained": str(retrained)}})
     return pipeline.evaluate_folder(config)
 

@@ -18,10 +18,9 @@ from soul.orchestration.train import fit
 from soul.records import InputError
 from soul.report.results import load_results
 from soul.rundir import RunDir
-from soul.train.engine import EngineConfig
 from soul.train.engines import make_engine
 from soul.train.job import TrainJob, run_job
-from tests.orchestration.mini import NUM_FORGET, NUM_OTHER, Finished, fingerprint, mini, stamps, steps, weights
+from tests.orchestration.mini import NUM_FORGET, NUM_OTHER, Finished, fingerprint, mini, on_gpus, stamps, steps, weights
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]  # on a machine that does ten other things
 
@@ -137,7 +136,7 @@ def test_ray_computes_what_a_bare_process_does_bit_for_bit(finished: Finished, o
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_two_workers_compute_what_one_does(finished: Finished, engine: Any, tmp_path: Path) -> None:
-    config = EngineConfig(name=engine, num_workers=2)
+    config = on_gpus(name=engine, num_workers=2)
     fit(replace(finished.jobs["sophia"], run_dir=str(tmp_path), export=str(tmp_path / "model"), engine=config), name="two")
     losses: Callable[[Path], list[float]] = lambda run: [row["loss"] for row in steps(run)]  # noqa: E731
     assert losses(tmp_path) == pytest.approx(losses(finished.run), rel=1e-5)

@@ -169,7 +169,7 @@ def test_replicas_scale_between_their_bounds_and_drain() -> None:
     on_cpus: Any = application(ServeConfig().decided("cpu"), Catalogue())
     assert on_cpus._bound_deployment.init_args[1]._bound_deployment.ray_actor_options["num_gpus"] == 0
     for wrong in ({"device": "gpu", "num_gpus": 0}, {"device": "cpu", "num_gpus": 1}):
-        with pytest.raises(ValueError, match="does not go with replicas.device"):
+        with pytest.raises(ValueError, match=r"does not go with replicas\.device"):
             ServeConfig.model_validate({"replicas": wrong})
 
 

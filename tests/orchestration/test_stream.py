@@ -36,8 +36,8 @@ from soul.orchestration.stream import ray_steps, step_dataset
 from soul.orchestration.tokens import FileSplit, TokenSettings, row_hash, tokenise
 from soul.records import InputError, Record
 from soul.train.config import TrainConfig
-from soul.train.engine import EngineConfig
 from soul.train.job import TrainJob
+from tests.orchestration.mini import on_gpus
 from tests.train.loop_runs import ragged
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -64,7 +64,7 @@ def job_in(folder: Path, **train: Any) -> TrainJob:
         method=NPO(),
         optimizer=AdamWConfig(),
         train=TrainConfig(**{"batch_size": 3, "micro_batch_size": 2, "seed": 5, **train}),
-        engine=EngineConfig(),
+        engine=on_gpus(),
         stores={split: (str(folder / split),) for split in rows},
         reference=str(folder / "reference.npy"),
     )
@@ -289,7 +289,7 @@ def test_reference_log_probabilities_are_those_of_the_target(folder: Path, tmp_p
     assert len(RECORDS) > ROWS_PER_BATCH  # more than one batch
 
     def wanted(key: str) -> Path:
-        return reference_logps(str(folder), store, cache=tmp_path, revision=None, trust_remote_code=False, model_key=key)
+        return reference_logps(str(folder), store, cache=tmp_path, revision=None, trust_remote_code=False, model_key=key, device="gpu")
 
     path = wanted("one")
     model, expected = load_model(str(folder)).eval(), []
@@ -312,5 +312,7 @@ def test_a_target_that_is_broken_is_noticed(folder: Path, tmp_path: Path) -> Non
     save_model(tmp_path / "broken", model, load_tokenizer(str(folder)))
     store = tokenise(RECORDS[:3], "forget", settings_of(folder), cache=tmp_path)
     with pytest.raises(ArithmeticError, match="not finite"):
-        reference_logps(str(tmp_path / "broken"), store, cache=tmp_path, revision=None, trust_remote_code=False, model_key="broken")
+        reference_logps(
+            str(tmp_path / "broken"), store, cache=tmp_path, revision=None, trust_remote_code=False, model_key="broken", device="gpu"
+        )
     assert not list(tmp_path.glob("reference/*.npy"))

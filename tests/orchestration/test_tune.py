@@ -35,6 +35,7 @@ from soul.report.results import load_results
 from tests.orchestration.mini import ROOT, Finished, fingerprint, found_in, splits, stamps, steps, weights
 
 COMMON: dict[str, Any] = {"prepare": {"max_steps": 15}, "train": {"epochs": 2}, "evaluate": {"max_new_tokens": 8}, "progress": False}
+COMMON |= {"engine": {"precision": "fp32"}, "max_concurrent": 2}  # logical GPUs are eight, cores are two
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 1, "num_heads": 2, "vocab_size": 400, "max_length": 256}
 CANARY = splits()["forget05"][7].response
 
