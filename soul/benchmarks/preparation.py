@@ -6,18 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from soul.batch import TokenRow, collate
 from soul.data.chat import ChatFormat
 from soul.data.refusals import refusal_records
 from soul.data.sources import Benchmark, fingerprint
-from soul.data.store import TokenStore, finish_store, is_store, write_part
+from soul.data.store import finish_store, is_store, write_part
 from soul.data.tokenize import token_rows
-from soul.device import seen, torch_device
-from soul.models.load import load_model, load_tokenizer, save_model
-from soul.models.scoring import answer_logps
+from soul.device import seen
+from soul.models.load import load_tokenizer, save_model
 from soul.models.tiny import TinyConfig, tiny_model, tiny_tokenizer
 from soul.objectives.methods import Finetune
 from soul.optim.configs import OPTIMIZERS
@@ -30,7 +25,6 @@ from soul.train.single import SingleEngine
 
 WORLD_SETS = ("real_authors", "world_facts")
 SEED = 0
-ROWS_PER_BATCH = 16
 LEARNING_RATE, WEIGHT_DECAY, BATCH_SIZE = 2e-3, 0.01, 16  # with which a tiny Llama memorises in a thousand steps
 
 Say = Callable[[str], None]
@@ -50,7 +44,9 @@ def halves(records: Sequence[Record]) -> Halves:
 
 @dataclass(frozen=True)
 class Prepared:
-    """`key` names the models' weights and rows. `probes` are the token stores of the selection halves."""
+    """`key` names the models' weights and rows. `probes` are the token stores of the selection halves; `reference` is where
+    the first run that needs it leaves the forget rows' log-probabilities under the target.
+    """
 
     key: str
     target: Path
@@ -63,7 +59,7 @@ class Prepared:
 
 
 def prepare(benchmark: Benchmark, folder: Path, *, tiny: TinyConfig, steps: int, say: Say) -> Prepared:
-    """Tokenise, train both models for `steps` steps of AdamW and score the forget rows under the target, unless `folder` has it all."""
+    """Tokenise, train both models for `steps` steps of AdamW, unless `folder` has it all."""
     trained = [split for split in ("forget", "retain", *WORLD_SETS) if split in benchmark.splits]
     prints = benchmark.fingerprints()
     key = digest([[prints[split] for split in trained], tiny.model_dump(), steps, LEARNING_RATE, WEIGHT_DECAY, BATCH_SIZE, SEED])
@@ -93,7 +89,7 @@ def prepare(benchmark: Benchmark, folder: Path, *, tiny: TinyConfig, steps: int,
         retrained=root / "retrained",
         stores=stores,
         probes=probes,
-        reference=_reference(root / "target", stores["forget"], root / "reference.npy"),
+        reference=root / "reference.npy",
         report_rows=report_rows,
         longest_answer=longest_answer(report_rows, root / "target", tiny.max_length),
     )
@@ -140,25 +136,6 @@ def _memorise(start: Path, stores: Sequence[Path], export: Path, steps: int) -> 
         stores={"retain": tuple(map(str, stores))},
     )
     run_job(job, SingleEngine(job.engine), resume_from=None, save_checkpoint=lambda engine, progress: None)
-
-
-def _reference(target: Path, store: Path, path: Path) -> Path:
-    """The forget answers' log-probabilities under the frozen target, in row order (.npy, float64, nats)."""
-    if path.is_file():
-        return path
-    device = torch_device(seen())
-    model = load_model(str(target)).eval().to(device)
-    rows = sorted(TokenStore.open(store).rows(), key=lambda row: len(row.ids))
-    logps_R = np.full(len(rows), np.nan)
-    for first in range(0, len(rows), ROWS_PER_BATCH):
-        batch: list[TokenRow] = rows[first : first + ROWS_PER_BATCH]
-        with torch.inference_mode():
-            scores = answer_logps(model, collate([("forget", row) for row in batch], pad_id=0).to(device))
-        logps_R[[row.index for row in batch]] = scores.sum_B().double().cpu().numpy()
-    staging = path.with_suffix(".tmp.npy")
-    np.save(staging, logps_R, allow_pickle=False)
-    staging.replace(path)
-    return path
 
 
 def longest_answer(splits: Mapping[str, Sequence[Record]], model: Path, max_length: int) -> int:

@@ -110,7 +110,7 @@ def load_model(
                 attn_implementation=attention,
             )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise _not_loaded(name_or_path, error) from error
+        raise not_loaded(name_or_path, error) from error
     model.config.use_cache = False
     return model
 
@@ -124,14 +124,15 @@ def load_config(name_or_path: str, *, revision: str | None = None, trust_remote_
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise _not_loaded(name_or_path, error) from error
+        raise not_loaded(name_or_path, error) from error
     for name in ("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "dropout"):
         if getattr(config, name, None):
             setattr(config, name, 0.0)
     return config
 
 
-def _not_loaded(name_or_path: str, error: Exception) -> InputError:
+def not_loaded(name_or_path: str, error: Exception) -> InputError:
+    """What to raise of a model that cannot be read."""
     return InputError(f"no causal language model could be loaded from {name_or_path} ({type(error).__name__}): {_first_line(error)}")
 
 

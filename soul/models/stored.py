@@ -1,6 +1,7 @@
 """A model whose weights stay in their files: the skeleton without storage, and the weights read from safetensors one at a time.
 
-What shards a model asks for one parameter after the other, so that no process ever holds all of them.
+Engines ask for one parameter after the other and put each where it belongs, so that no process ever holds all of them but on the device
+that is to have them all.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from soul.models.load import check_model_folder, load_config
+from soul.models.load import check_model_folder, load_config, not_loaded
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX, SINGLE, ADAPTER = "model.safetensors.index.json", "model.safetensors", "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -55,51 +56,69 @@ class StoredWeights(Mapping[str, Tensor]):
 
 def stored_model(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> StoredModel | None:
     """The model in a folder or on the hub, or None where files and parameters do not match one to one (weights that transformers
-    converts when it loads them, quantised ones): such a model has to be loaded whole.
+    converts when it loads them, quantised ones, adapters): such a model has to be loaded whole.
 
     Raises:
-        InputError: the model is missing, or is no causal language model.
+        InputError: the model is missing, is no causal language model, or its files cannot be read.
     """
     check_model_folder(name_or_path)
     config = load_config(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         return None
-    folder = Path(name_or_path)
-    if not folder.exists():
-        folder = Path(snapshot_download(name_or_path, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
-    files = _files_of_tensors(folder)
-    with _parameters_without_storage():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    model.config.use_cache = False
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    places = _places_of_parameters(model, files)
-    return None if places is None or not _fill_buffers(model, files) else StoredModel(model.eval(), StoredWeights(places))
+    try:
+        folder = Path(name_or_path)
+        if not folder.exists():
+            folder = Path(snapshot_download(name_or_path, revision=revision, allow_patterns=["*.json", "model*.safetensors"]))
+        files = {} if (folder / ADAPTER).is_file() else _files_of_tensors(folder)
+        if not files:
+            return None
+        with _parameters_without_storage():
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        model.config.use_cache = False
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        places = _places_of_parameters(model, files)
+        return None if places is None or not _fill_buffers(model, files) else StoredModel(model.eval(), StoredWeights(places))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise not_loaded(name_or_path, error) from error
 
 
-def in_memory(model: nn.Module | StoredModel) -> nn.Module:
-    """The model with its weights, whichever way it came."""
+def in_memory(model: nn.Module | StoredModel, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
+    """The model with its weights on `device`, whichever way it came. One that is stored is read straight to it, as `dtype` if given."""
     if isinstance(model, nn.Module):
-        return model
-    filled: dict[nn.Parameter, nn.Parameter] = {}
+        return model.to(device)
     names = {parameter: name for name, parameter in model.skeleton.named_parameters()}
-    for owner in model.skeleton.modules():
-        for key, parameter in owner.named_parameters(recurse=False):
-            if parameter not in filled:
-                filled[parameter] = nn.Parameter(model.weights[names[parameter]], requires_grad=parameter.requires_grad)
-            setattr(owner, key, filled[parameter])
+
+    def read(parameter: nn.Parameter) -> Tensor:
+        return model.weights[names[parameter]].detach().to(device, dtype, copy=True)
+
+    give_storage(model.skeleton, read, device=device)
     return model.skeleton
+
+
+def give_storage(model: nn.Module, value_of: Callable[[nn.Parameter], Tensor], *, device: torch.device | str) -> None:
+    """Put `value_of(parameter)` in the place of each parameter without storage, one tensor for those that are tied; move the buffers."""
+    filled: dict[nn.Parameter, nn.Parameter] = {}
+    for owner in model.modules():
+        for key, parameter in owner.named_parameters(recurse=False):
+            if parameter.is_meta:
+                if parameter not in filled:
+                    filled[parameter] = nn.Parameter(value_of(parameter), requires_grad=parameter.requires_grad)
+                setattr(owner, key, filled[parameter])
+        for key, buffer in owner.named_buffers(recurse=False):
+            setattr(owner, key, buffer.to(device))
 
 
 def _files_of_tensors(folder: Path) -> dict[str, Path]:
     """Which file holds which tensor; empty where the folder has another layout than transformers writes."""
-    if (folder / INDEX).is_file():
-        weight_map: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-        return {key: folder / file for key, file in weight_map.items()}
-    if not (folder / SINGLE).is_file():
+    if (folder / SINGLE).is_file():  # which transformers' loader prefers
+        with safe_open(folder / SINGLE, framework="pt") as tensors:
+            return dict.fromkeys(tensors.keys(), folder / SINGLE)
+    if not (folder / INDEX).is_file():
         return {}
-    with safe_open(folder / SINGLE, framework="pt") as tensors:
-        return dict.fromkeys(tensors.keys(), folder / SINGLE)
+    weight_map: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+    files = {key: folder / file for key, file in weight_map.items()}
+    return files if all(file.is_file() for file in set(files.values())) else {}
 
 
 @contextmanager
@@ -129,6 +148,8 @@ def _places_of_parameters(model: nn.Module, files: Mapping[str, Path]) -> dict[s
         found = [name for name in own if name in files]
         if not found or _shape_in(files[found[0]], found[0]) != tuple(parameter.shape):
             return None
+        if any(not _same_in_files(files, found[0], name) for name in found[1:]):
+            return None  # transformers does not tie what differs
         places[own[0]] = (files[found[0]], found[0])
     return places
 
@@ -144,6 +165,11 @@ def _fill_buffers(model: nn.Module, files: Mapping[str, Path]) -> bool:
         with safe_open(files[name], framework="pt") as tensors:
             buffer.copy_(tensors.get_tensor(name))
     return True
+
+
+def _same_in_files(files: Mapping[str, Path], one: str, other: str) -> bool:
+    with safe_open(files[one], framework="pt") as some, safe_open(files[other], framework="pt") as more:
+        return torch.equal(some.get_tensor(one), more.get_tensor(other))
 
 
 def _shape_in(file: Path, key: str) -> tuple[int, ...]:

@@ -12,12 +12,12 @@ from soul.objectives.methods import TITLES, needs_reference
 from soul.orchestration.data import cache_of, trained_splits
 from soul.orchestration.prepare import Prepared
 from soul.orchestration.progress import Display
-from soul.orchestration.reference import reference_logps
 from soul.orchestration.train import fit
 from soul.rundir import RunDir, digest
 from soul.store import place_of, pull
 from soul.train.engine import PLACEMENT
 from soul.train.job import JobResult, TrainJob
+from soul.train.reference import reference_path
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", None: None}
 
@@ -38,14 +38,13 @@ def unlearn(
         return JobResult(**done)
     reference = None
     if needs_reference(config.method):
-        reference = reference_logps(
-            target.path,
-            stores[splits[0]],
-            cache=cache_of(config),
+        reference = reference_path(
+            cache_of(config),
+            model_key=target.key,
             revision=config.model.revision,
             trust_remote_code=config.model.trust_remote_code,
-            model_key=target.key,
-            device=config.engine.runs_on,
+            rows=stores[splits[0]].name,
+            engine=config.engine,
         )
     job = TrainJob(
         model=place_of(target.path),

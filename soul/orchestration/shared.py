@@ -1,7 +1,7 @@
-"""What the runs of a grid share: token stores, target and retrained model, their evaluations, reference log-probabilities.
+"""What the runs of a grid share: token stores, target and retrained model, their evaluations.
 
 Made once by the driver, in the cache; a trial asks for the same things and finds them there. A trial must never have to make one: that
-would need a CPU beside its own.
+would need a CPU beside its own. Reference log-probabilities are the exception: the engine of the trial that needs them first makes them.
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ from typing import Literal
 
 from soul.config import Config, DataConfig
 from soul.evaluate.eval_log import EvalLog
-from soul.objectives.methods import needs_reference
 from soul.orchestration.data import Sources, cache_of, open_sources, trained_splits
 from soul.orchestration.evaluate import Judge, Judged
 from soul.orchestration.gold import given_standard
 from soul.orchestration.parallel import run_together
 from soul.orchestration.prepare import WORLD_SETS, Prepared, given_model, prepared_model, starting_model
 from soul.orchestration.progress import Display
-from soul.orchestration.reference import reference_logps
 from soul.orchestration.tokens import token_settings, tokenise
 
 
@@ -91,24 +89,4 @@ def make_shared(configs: Sequence[Config], display: Display, *, slots: int) -> l
     run_together(models, slots=slots)
     judged: list[Callable[[], object]] = [partial(judge_shared, config, view, display) for config, view in firsts.values()]
     run_together(judged, slots=slots)
-    done: set[tuple[str, str]] = set()
-    for config, view in zip(configs, views, strict=True):
-        leading = trained_splits(config)[0]
-        pair = (config.model.model_dump_json(), view.stores[leading].name)
-        if needs_reference(config.method) and pair not in done:
-            target = target_of(config, view, Display(enabled=False))
-            reference_of(config, target, view.stores[leading])
-            done.add(pair)
     return views
-
-
-def reference_of(config: Config, target: Prepared, store: Path) -> Path:
-    return reference_logps(
-        target.path,
-        store,
-        cache=cache_of(config),
-        revision=config.model.revision,
-        trust_remote_code=config.model.trust_remote_code,
-        model_key=target.key,
-        device=config.engine.runs_on,
-    )

@@ -30,6 +30,7 @@ from soul.train.engine import Engine, EngineConfig
 from soul.train.engines import make_engine
 from soul.train.job import JobResult, TrainJob, run_job
 from soul.train.loop import NonFiniteGradient, NonFiniteLoss, Progress
+from soul.train.reference import NonFiniteReference
 
 # Ray chooses the V2 classes at import; what type checkers see under these names is V1's.
 TorchTrainer: Any = ray.train.torch.TorchTrainer
@@ -105,7 +106,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
             return dataclasses.asdict(run(None))
         with checkpoint.as_directory() as folder:
             return dataclasses.asdict(run(Path(folder)))
-    except (NonFiniteLoss, NonFiniteGradient) as error:
+    except (NonFiniteLoss, NonFiniteGradient, NonFiniteReference) as error:
         if engine.rank == 0 and metrics.exists():
             push(metrics)
         return {"error": str(error)}
@@ -115,7 +116,7 @@ def fit(job: TrainJob, *, name: str, on_progress: OnProgress | None = None) -> J
     """Run `job` to its end, continuing from its last checkpoint if it has one, whatever engine and workers wrote that.
 
     Raises:
-        TrainingStopped: a loss became NaN or infinite, or a file could not be read or written.
+        TrainingStopped: a loss or the target's scores became NaN or infinite, or a file could not be read or written.
         ray.train.TrainingFailedError: workers failed more than `max_failures` times.
     """
     engine = job.engine

@@ -40,6 +40,7 @@ from soul.train.engine import Engine
 from soul.train.engines import make_engine
 from soul.train.job import JobResult, TrainJob, run_job
 from soul.train.loop import NonFiniteGradient, NonFiniteLoss, Progress
+from soul.train.reference import NonFiniteReference
 
 OnEpoch = Callable[[Mapping[str, Any]], None]
 
@@ -56,7 +57,7 @@ def run_trial(params: dict[str, Any], common: dict[str, Any]) -> None:
     report = Reporter(floor=common["floor"])
     try:
         work(asked, config, command=common["command"], isolated=told["isolated"], report=report)
-    except (InputError, TrainingStopped, NonFiniteLoss, NonFiniteGradient) as error:
+    except (InputError, TrainingStopped, NonFiniteLoss, NonFiniteGradient, NonFiniteReference) as error:
         run_dir(config).finish(FAILED, MARK_KEY, {"reason": str(error)})
         tune.report({"failed": 1.0, "epoch": config.train.epochs + 1})
 

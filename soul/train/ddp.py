@@ -12,16 +12,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from soul.models.stored import in_memory
+from soul.models.stored import StoredModel
 from soul.train.engine import BuildModel, BuildOptimizer, EngineConfig, FullEntry, StepInfo
 from soul.train.export import export_model
 from soul.train.ranks import join_group, sum_over_ranks
+from soul.train.sharding import replicate
 from soul.train.state import full_entries, load_state, save_state
 from soul.train.update import (
     clip_and_step,
     enable_checkpointing,
     fold_curvature,
     forward_context,
+    kept_dtype,
     optimized_shards,
     store_weights,
 )
@@ -40,10 +42,20 @@ class DDPEngine:
         self.optimizer: torch.optim.Optimizer
 
     def prepare(self, build_model: BuildModel, build_optimizer: BuildOptimizer) -> None:
-        model = store_weights(in_memory(build_model()).to(self.device), self.config.computes_in)
+        source, precision = build_model(), self.config.computes_in
+        if isinstance(source, StoredModel):
+            model = replicate(source, device=self.device, dtype=kept_dtype(precision))
+        else:
+            model = store_weights(source.to(self.device), precision)
         enable_checkpointing(model, self.config)
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        replica = DistributedDataParallel(model, device_ids=device_ids, forward_sync_buffers=False, gradient_as_bucket_view=True)
+        replica = DistributedDataParallel(
+            model,
+            device_ids=device_ids,
+            forward_sync_buffers=False,
+            gradient_as_bucket_view=True,
+            init_sync=not isinstance(source, StoredModel),  # whose copies are equal already
+        )
         # DDP decides in the forward whether the backward will reduce, where nobody knows yet if it is the last: `backward` decides.
         replica.require_backward_grad_sync = False
         self.model, self.optimizer = replica, build_optimizer(model)

@@ -23,7 +23,7 @@ from soul.train.export import export_model
 from soul.train.ranks import join_group, sum_over_ranks
 from soul.train.sharding import fill, reshard, share_model
 from soul.train.state import full_entries, load_state, save_state
-from soul.train.update import clip_and_step, enable_checkpointing, fold_curvature, optimized_shards
+from soul.train.update import clip_and_step, enable_checkpointing, fold_curvature, kept_dtype, optimized_shards
 
 # No output_dtype: a block that returns fp32 to its bf16 neighbour fails, and the losses widen the root's logits themselves.
 POLICIES: dict[Precision, MixedPrecisionPolicy] = {
@@ -53,7 +53,7 @@ class FSDPEngine:
             self.model,
             values,
             device=self.device,
-            dtype=torch.bfloat16 if self.config.precision == "pure_bf16" else None,
+            dtype=kept_dtype(self.config.computes_in),
             shard=lambda unit: fully_shard(unit, mesh=mesh, mp_policy=POLICIES[self.config.computes_in], offload_policy=offload),
         )
         enable_checkpointing(self.model, self.config)

@@ -26,10 +26,11 @@ from soul.rundir import write_atomically
 from soul.train.config import TrainConfig
 from soul.train.engine import BuildModel, BuildOptimizer, Engine, EngineConfig
 from soul.train.loop import Hooks, Progress, train
-from soul.train.lora import add_adapters
+from soul.train.lora import add_adapters, add_stored_adapters
 from soul.train.moved import MovedWeights
 from soul.train.one_shot import WholePass
 from soul.train.probe import probe_splits
+from soul.train.reference import make_reference
 
 SaveCheckpoint = Callable[[Engine, Progress], None]
 MakeSteps = Callable[[LocalFeed, int, int], Iterable[Sequence[Batch]]]
@@ -40,7 +41,8 @@ class TrainJob:
     """Everything a rank needs, as paths and settings: no rows, so nothing of the data can leak through a log of it.
 
     `stores` maps each streamed split to its token stores, read one behind the other; `reference` is the .npy file of the leading
-    split's reference log-probabilities; `probes` maps a name to the store it is cheaply evaluated on after an epoch.
+    split's reference log-probabilities, which the job makes if it is not there; `probes` maps a name to the store it is cheaply
+    evaluated on after an epoch.
     """
 
     model: str
@@ -89,10 +91,12 @@ def run_job(
 ) -> JobResult:
     """Train `job` on this rank. `make_steps` replaces the local feed (Ray Data's); `on_step(row, total)` is called on every rank."""
     tokenizer = load_tokenizer(job.model, revision=job.revision, trust_remote_code=job.trust_remote_code)
+    engine.prepare(*_builders(job))
+    if job.reference is not None:
+        make_reference(engine, job.source)
     plan, stores = job.source.open()
     total = job.train.total_steps(plan.steps_per_epoch)
 
-    engine.prepare(*_builders(job))
     moved = MovedWeights(engine)
     progress = Progress()
     if resume_from is not None:
@@ -141,12 +145,12 @@ def _builders(job: TrainJob) -> tuple[BuildModel, BuildOptimizer]:
     """How the engine is to make model and optimizer."""
 
     def build_model() -> nn.Module | StoredModel:
-        if job.engine.name in ("fsdp", "deepspeed") and job.train.lora_rank is None:
-            stored = stored_model(job.model, revision=job.revision, trust_remote_code=job.trust_remote_code)
-            if stored is not None:
-                return stored
+        rank, seed = job.train.lora_rank, job.train.seed
+        stored = stored_model(job.model, revision=job.revision, trust_remote_code=job.trust_remote_code)
+        if stored is not None:
+            return stored if rank is None else add_stored_adapters(stored, rank, seed=seed)
         model = load_model(job.model, revision=job.revision, trust_remote_code=job.trust_remote_code)
-        return model if job.train.lora_rank is None else add_adapters(model, job.train.lora_rank, seed=job.train.seed)
+        return model if rank is None else add_adapters(model, rank, seed=seed)
 
     eager_state = job.engine.name != "deepspeed"  # which replaces the parameters
     return build_model, lambda model: job.optimizer.build(model.named_parameters(), eager_state=eager_state)

@@ -1,9 +1,9 @@
-"""From a model's builder to the model in shards (FSDP2's or ZeRO's), with the whole of it in memory nowhere.
+"""From a model's builder to the model in shards (FSDP2's or ZeRO's), with the whole of it in memory nowhere; or to equal copies (DDP's).
 
 Rank 0 builds the model and sends every rank its skeleton: the pickled module with parameters that have a shape but no storage, and
 everything else (buffers, config, ties between parameters) as it is. Block by block, the skeleton then gets storage on the device,
 rank 0's values, and is cut into shards, so that a device holds its shards and one whole block at a time. Rank 0 reads the values from
-their files when it is a block's turn; only a model that is built some other way, or with adapters, is whole on rank 0's CPU meanwhile.
+their files when it is a block's turn; only a model that is built some other way is whole on rank 0's CPU meanwhile.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from soul.models.stored import BuildModel, StoredModel
+from soul.models.stored import BuildModel, StoredModel, give_storage
 from soul.records import InputError
 
 
@@ -67,18 +67,25 @@ def fill(
         InputError: the model has no blocks.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
-    filled: dict[nn.Parameter, nn.Parameter] = {}
+
+    def receive(parameter: nn.Parameter) -> torch.Tensor:
+        return _from_rank_zero(parameter, values.get(names[parameter]), device, dtype)
+
     for unit in (*decoder_blocks(model), model):
-        for owner in unit.modules():
-            for key, parameter in owner.named_parameters(recurse=False):
-                if parameter.is_meta:
-                    if parameter not in filled:
-                        filled[parameter] = _filled(parameter, values.get(names[parameter]), device, dtype)
-                    setattr(owner, key, filled[parameter])
-            for key, buffer in owner.named_buffers(recurse=False):
-                setattr(owner, key, buffer.to(device))
-        shard(unit)
-        filled.clear()  # a block's whole parameters are freed before the next block's are made
+        give_storage(unit, receive, device=device)
+        shard(unit)  # a block's whole parameters are freed before the next block's are made
+
+
+def replicate(source: StoredModel, *, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    """The whole model on every rank's `device`, from the skeleton that each rank has made and the values that rank 0 alone reads."""
+    names = {parameter: name for name, parameter in source.skeleton.named_parameters()}
+
+    def receive(parameter: nn.Parameter) -> torch.Tensor:
+        value = source.weights[names[parameter]] if dist.get_rank() == 0 else None
+        return _from_rank_zero(parameter, value, device, dtype)
+
+    give_storage(source.skeleton, receive, device=device)
+    return source.skeleton
 
 
 def reshard(model: nn.Module) -> None:
@@ -130,9 +137,9 @@ def _storageless(shape: torch.Size, dtype: torch.dtype, requires_grad: bool) -> 
     return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=requires_grad)
 
 
-def _filled(parameter: nn.Parameter, value: torch.Tensor | None, device: torch.device, dtype: torch.dtype | None) -> nn.Parameter:
-    """Storage on `device` for a storageless parameter, with rank 0's `value` (None on the other ranks)."""
+def _from_rank_zero(parameter: nn.Parameter, value: torch.Tensor | None, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
+    """Rank 0's `value` (None on the other ranks) of a storageless parameter, on `device`. Collective."""
     dtype = dtype or parameter.dtype
     whole = torch.empty_like(parameter, device=device, dtype=dtype) if value is None else value.detach().to(device, dtype, copy=True)
     dist.broadcast(whole, src=0)
-    return nn.Parameter(whole, requires_grad=parameter.requires_grad)
+    return whole

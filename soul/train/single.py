@@ -21,6 +21,7 @@ from soul.train.update import (
     enable_checkpointing,
     fold_curvature,
     forward_context,
+    kept_dtype,
     optimized_shards,
     store_weights,
 )
@@ -45,7 +46,8 @@ class SingleEngine:
         self.optimizer: torch.optim.Optimizer
 
     def prepare(self, build_model: BuildModel, build_optimizer: BuildOptimizer) -> None:
-        self.model = store_weights(in_memory(build_model()).to(self.device), self.config.computes_in)
+        precision = self.config.computes_in
+        self.model = store_weights(in_memory(build_model(), device=self.device, dtype=kept_dtype(precision)), precision)
         enable_checkpointing(self.model, self.config)
         self.optimizer = build_optimizer(self.model)
 

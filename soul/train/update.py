@@ -18,6 +18,11 @@ def forward_context(device: torch.device, precision: Precision) -> AbstractConte
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
+def kept_dtype(precision: Precision) -> torch.dtype | None:
+    """The type that weights are kept in, if it is not the model's own."""
+    return torch.bfloat16 if precision == "pure_bf16" else None
+
+
 def store_weights(model: nn.Module, precision: Precision) -> nn.Module:
     """The model, its parameters in the type they are kept in; buffers stay as they are (rotary frequencies do not survive bf16)."""
     if precision == "pure_bf16":

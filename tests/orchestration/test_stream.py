@@ -18,20 +18,18 @@ pytest.importorskip("ray")
 
 import ray.train.collective
 
-from soul.batch import Batch, collate
+from soul.batch import Batch
 from soul.data.chat import ChatFormat
 from soul.data.columns import ColumnMap
 from soul.data.feed import LocalFeed
 from soul.data.steps import STEPS_PER_BLOCK
 from soul.data.store import TokenStore, finish_store, write_part
 from soul.data.tokenize import token_rows
-from soul.models.load import load_model, load_tokenizer, save_model
-from soul.models.scoring import answer_logps
+from soul.models.load import load_tokenizer, save_model
 from soul.models.tiny import TinyConfig, tiny_model, tiny_tokenizer
 from soul.objectives.methods import NPO, GradDiff
 from soul.optim.configs import AdamWConfig
 from soul.orchestration import tokens
-from soul.orchestration.reference import ROWS_PER_BATCH, reference_logps
 from soul.orchestration.stream import ray_steps, step_dataset
 from soul.orchestration.tokens import FileSplit, TokenSettings, row_hash, tokenise
 from soul.records import InputError, Record
@@ -279,40 +277,3 @@ def test_a_forbidden_row_is_refused_even_where_a_store_is_cached(folder: Path, t
 def test_no_records_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the retain split has no rows, expected at least one"):
         tokenise([], "retain", settings_of(folder), cache=tmp_path)
-
-
-# --- reference log-probabilities
-
-
-def test_reference_log_probabilities_are_those_of_the_target(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = tokenise(RECORDS, "forget", settings_of(folder), cache=tmp_path)
-    assert len(RECORDS) > ROWS_PER_BATCH  # more than one batch
-
-    def wanted(key: str) -> Path:
-        return reference_logps(str(folder), store, cache=tmp_path, revision=None, trust_remote_code=False, model_key=key, device="gpu")
-
-    path = wanted("one")
-    model, expected = load_model(str(folder)).eval(), []
-    for row in TokenStore.open(store).rows():
-        with torch.no_grad():
-            expected.append(float(answer_logps(model, collate([("forget", row)], pad_id=0)).sum_B()))
-    found = np.load(path)
-    assert found.dtype == np.float64
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    monkeypatch.setattr(ray.data, "from_items", _not_called)
-    assert wanted("one") == path
-    with pytest.raises(AssertionError, match="not used"):
-        wanted("another model")
-
-
-def test_a_target_that_is_broken_is_noticed(folder: Path, tmp_path: Path) -> None:
-    model = load_model(str(folder))
-    with torch.no_grad():
-        next(model.parameters()).fill_(torch.nan)
-    save_model(tmp_path / "broken", model, load_tokenizer(str(folder)))
-    store = tokenise(RECORDS[:3], "forget", settings_of(folder), cache=tmp_path)
-    with pytest.raises(ArithmeticError, match="not finite"):
-        reference_logps(
-            str(tmp_path / "broken"), store, cache=tmp_path, revision=None, trust_remote_code=False, model_key="broken", device="gpu"
-        )
-    assert not list(tmp_path.glob("reference/*.npy"))
