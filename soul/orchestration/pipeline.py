@@ -16,6 +16,7 @@ from rich.console import Console
 from soul.config import Config, EvaluateConfig
 from soul.evaluate.eval_log import EvalLog
 from soul.evaluate.score import score_log
+from soul.models.hashes import recorded_sha256
 from soul.models.load import load_tokenizer
 from soul.objectives.methods import TITLES
 from soul.orchestration.arm import unlearn
@@ -28,7 +29,7 @@ from soul.orchestration.evaluate import Judge, Judged, plan_for
 from soul.orchestration.gold import given_standard
 from soul.orchestration.outcome import write_logs, write_outcome
 from soul.orchestration.parallel import run_together
-from soul.orchestration.prepare import Prepared, given_model, prepared_model, preparing_engine, starting_model, weights_stamp
+from soul.orchestration.prepare import Prepared, given_model, prepared_model, preparing_engine, starting_model
 from soul.orchestration.progress import Display
 from soul.orchestration.tokens import token_settings, tokenise
 from soul.preflight import check_output
@@ -127,7 +128,7 @@ def _judge_arms(judge: Judge, arms: Sequence[Config]) -> list[Callable[[], Judge
         run = run_dir(arm)
         name = f"{TITLES[arm.method.name]} with {arm.optimizer.name}"
         samples = run.path / "samples.jsonl" if arm.samples else None
-        key = weights_stamp(run.model)
+        key = recorded_sha256(run.model)
         calls.append(partial(judge.judge, name, str(run.model), key=key, folder=run.path / ".stages", samples=samples))
     return calls
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,16 +15,17 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, WorkerGroupError
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, WorkerGroupError, collective
 from ray.train.torch import TorchConfig
 
 from soul.device import on_cpu_for_tests
 from soul.orchestration.board import Board
 from soul.orchestration.parallel import run_beside
+from soul.orchestration.staging import NoRoom, Staging
 from soul.orchestration.stream import ray_steps
 from soul.records import InputError
 from soul.store import is_uri, local, path_of, publish, pull_file, push, ray_storage
-from soul.train.engine import Engine, EngineConfig
+from soul.train.engine import Engine, EngineConfig, num_threads
 from soul.train.engines import make_engine
 from soul.train.job import JobResult, TrainJob, run_job
 from soul.train.loop import NonFiniteGradient, NonFiniteLoss, Progress
@@ -38,6 +37,7 @@ ScalingConfig: Any = ray.train.ScalingConfig
 
 OnProgress = Callable[[int, int], None]
 METRICS = "metrics.jsonl"
+MOST_TEXT = 500  # what Ray passes between ranks is to stay under a kilobyte
 
 
 class TrainingStopped(ArithmeticError):
@@ -55,60 +55,55 @@ def on_this_node(job: TrainJob) -> TrainJob:
     )
 
 
-def _save(engine: Engine, progress: Progress, metrics: Path) -> None:
-    """Every rank writes its part into a folder of its own; Ray Train merges them and forgets the oldest.
-
-    metrics.jsonl goes to a store first, so that there is no checkpoint without the lines of its steps.
-    """
-    if engine.rank == 0:
-        push(metrics)
-    folder = Path(tempfile.mkdtemp(prefix="soul-checkpoint-"))
-    try:
-        engine.save(folder, progress.to_json())
-        ray.train.report(
-            {"step": progress.step},
-            checkpoint=Checkpoint.from_directory(str(folder)),
-            checkpoint_dir_name=f"step_{progress.step:08d}",
-        )
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Runs on every rank. Returns a JobResult as a dict, or {"error": message} for a failure that a restart would repeat."""
     job: TrainJob = config["job"]
     context = ray.train.get_context()
-    torch.set_num_threads(config["threads"])
     engine = make_engine(job.engine, rank=context.get_world_rank(), world=context.get_world_size(), local_rank=context.get_local_rank())
+    local_ranks = context.get_local_world_size()
+    torch.set_num_threads(num_threads(job.engine, engine.device, local_ranks=local_ranks, otherwise=config["threads"]))
     here, board = on_this_node(job), Board(job.run_dir)
     metrics = Path(here.run_dir) / METRICS
+    staging = Staging(job.run_dir, context.get_local_rank(), local_ranks)
 
-    def run(resume_from: Path | None) -> JobResult:
+    def save(engine: Engine, progress: Progress) -> None:
+        if engine.rank == 0:
+            push(metrics)  # first, so that there is no checkpoint without the lines of its steps
+        staging.save(engine, progress)
+
+    try:
+        resume_from = staging.open(ray.train.get_checkpoint())
         if engine.rank == 0:
             pull_file(metrics)
         result = run_job(
             here,
             engine,
             resume_from=resume_from,
-            save_checkpoint=lambda engine, progress: _save(engine, progress, metrics),
+            save_checkpoint=save,
             make_steps=lambda feed, start, stop: ray_steps(job, feed, start, stop),
             on_step=lambda row, total: board.write(row["step"], total) if engine.rank == 0 else None,
+            on_ready=lambda engine: staging.is_loaded(engine, job),
+            publish=partial(_publish, engine, metrics, Path(here.export)),
         )
-        if engine.rank == 0:
-            push(metrics)
-            publish(Path(here.export))
-        return result
-
-    try:
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return dataclasses.asdict(run(None))
-        with checkpoint.as_directory() as folder:
-            return dataclasses.asdict(run(Path(folder)))
-    except (NonFiniteLoss, NonFiniteGradient) as error:
+        return dataclasses.asdict(result)
+    except (NonFiniteLoss, NonFiniteGradient, NoRoom) as error:
         if engine.rank == 0 and metrics.exists():
             push(metrics)
         return {"error": str(error)}
+
+
+def _publish(engine: Engine, metrics: Path, model: Path) -> None:
+    """Rank 0 lets the store have what it wrote; the others wait as long as that takes, and fail if it does."""
+    failure: OSError | None = None
+    if engine.rank == 0:
+        try:
+            push(metrics)
+            publish(model)
+        except OSError as error:
+            failure = error
+    told = collective.broadcast_from_rank_zero(None if failure is None else str(failure)[:MOST_TEXT])
+    if told is not None:
+        raise failure or OSError(told)
 
 
 def fit(job: TrainJob, *, name: str, on_progress: OnProgress | None = None) -> JobResult:
