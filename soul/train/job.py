@@ -89,8 +89,8 @@ def run_job(
     make_steps: MakeSteps | None = None,
     on_step: Callable[[dict[str, Any], int], None] | None = None,
     on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
-    on_ready: Callable[[Engine], None] | None = None,
-    publish: Callable[[], None] | None = None,
+    on_ready: Callable[[Engine], None] = lambda engine: None,
+    publish: Callable[[], None] = lambda: None,
 ) -> JobResult:
     """Train `job` on this rank. `make_steps` replaces the local feed (Ray Data's). All callables are called on every rank.
 
@@ -120,8 +120,7 @@ def run_job(
         if on_step is not None:
             on_step(row, total)
 
-    if on_ready is not None:
-        on_ready(engine)
+    on_ready(engine)
     probes, resumed_at = _Probes(job, engine, pad_id, on_epoch), None if resume_from is None else progress.step
     probes.begin(progress)
     feed = LocalFeed(plan, stores, engine.rank, engine.world, job.train.micro_batch_size, pad_id)
@@ -139,8 +138,7 @@ def run_job(
     )
     with _rescued(partial(save_checkpoint, engine, progress), needed=progress.step != resumed_at):
         engine.export(Path(job.export), tokenizer=tokenizer, dtype=_export_dtype(job))
-        if publish is not None:
-            publish()
+        publish()
     return JobResult(progress.step, progress.tokens, progress.seconds, peak_memory_bytes(engine), state_bytes(engine), progress.epochs)
 
 
