@@ -70,7 +70,9 @@ def run(job: TrainJob, *, resume_from: Path | None = None, stop_at: int | None =
             raise KeyboardInterrupt
 
     try:
-        return run_job(job, SingleEngine(job.engine.decided("cpu")), resume_from=resume_from, save_checkpoint=save, on_step=on_step, **hooks), saved
+        return run_job(
+            job, SingleEngine(job.engine.decided("cpu")), resume_from=resume_from, save_checkpoint=save, on_step=on_step, **hooks
+        ), saved
     except (KeyboardInterrupt, OSError):
         return None, saved
 
