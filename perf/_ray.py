@@ -67,7 +67,6 @@ def make_job(workload: Workload, folder: Path, *, workers: int, steps: int) -> T
             batch_size=workload.batch_size * workers,
             micro_batch_size=workload.micro_batch_size,
             eval_every=0,
-            save_every=0,
         ),
         engine=EngineConfig(
             name="single" if workers == 1 else "ddp", num_workers=workers, precision="bf16" if workload.precision == "bf16" else "fp32"

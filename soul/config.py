@@ -236,7 +236,6 @@ class Config(_Section):
             schedule=chosen.schedule,
             seed=chosen.seed,
             eval_every=0,
-            save_every=0,
         )
 
     def prepare_optimizer(self) -> OptimizerConfig:

@@ -18,7 +18,8 @@ from soul.device import Device, num_gpus_here
 from soul.plan import Machine, ModelShape, Plan, plan_run, shape_of, shortages, tiny_shape
 from soul.records import InputError
 from soul.report.numbers import memory
-from soul.store import local
+from soul.store import COPIES_VARIABLE, copies, is_uri, local
+from soul.train.config import TrainConfig
 
 # English text has about four characters a token; three leave a margin.
 CHARACTERS_PER_TOKEN = 3
@@ -63,8 +64,9 @@ def dry_run(config: Config) -> str:
             f"about {length} tokens)"
         )
         lines = [(item.name, memory(item.num_bytes) + (" in CPU memory" if item.on_cpu else "")) for item in plan.memory]
-        lines += [("together", memory(plan.memory_bytes)), ("one checkpoint on disk", memory(plan.checkpoint_bytes))]
+        lines.append(("together", memory(plan.memory_bytes)))
         sections += table(title, [("parameters", f"{shape.num_params:,}"), *lines])
+        sections += ["", *table("what is written", disk_lines(config, plan))]
     warnings = list(config.warnings())
     if config.address is None:  # nobody knows the machines of a cluster before it is joined
         warnings += shortages(plan, this_machine(), num_workers=config.engine.num_workers)
@@ -173,12 +175,36 @@ def batch_lines(config: Config, plan: Plan, rows: Rows) -> list[tuple[str, str]]
     if config.optimizer.second_order:
         share = f"{plan.curvature_cost:.0%} more forward and backward passes"
         lines.append(("curvature updates", f"{plan.curvature_updates:,}: about {share}"))
-    lines.append(("checkpoints", f"{plan.checkpoints:,}, of which {min(plan.checkpoints, train.keep_checkpoints):,} are kept"))
+    lines.append(("checkpoints", checkpoint_text(train, plan.checkpoints)))
     if config.makes_target:
         chosen = config.prepare_train(rows.num_forget + rows.num_retain)
         models = "target and retrained model" if config.makes_retrained else "target"
         length = f"{chosen.epochs:,} epochs" if chosen.max_steps is None else f"about {chosen.max_steps:,} steps"
         lines.append((f"before that, {models}", f"{length} of {chosen.batch_size} rows each, unless they are in {config.cache_folder}"))
+    return lines
+
+
+def checkpoint_text(train: TrainConfig, counted: int) -> str:
+    """How many, or how often where the clock decides, and how many stay."""
+    if not train.saves:
+        return "none: a run that is killed starts again"
+    if not train.save_minutes:
+        return f"{counted:,}, of which the last {train.keep_checkpoints:,} are kept until the run is done"
+    beside = f" and {counted:,} at their steps" if counted else ""
+    return f"one every {train.save_minutes:g} minutes{beside}; the last {train.keep_checkpoints:,} are kept until the run is done"
+
+
+def disk_lines(config: Config, plan: Plan) -> list[tuple[str, str]]:
+    """Bytes of one checkpoint, of all that is written and of what lies there at once."""
+    by_clock = f" and a checkpoint every {config.train.save_minutes:g} minutes" if config.train.save_minutes else ""
+    lines = [
+        ("one checkpoint", memory(plan.checkpoint_bytes)),
+        ("exported model", memory(plan.export_bytes(config))),
+        ("in the whole run", memory(plan.written_bytes(config)) + by_clock),
+        ("at once, at most", f"{memory(plan.disk_bytes(config))} in {config.output}"),
+    ]
+    if is_uri(config.output):
+        lines.append(("on a node, at most", f"{memory(plan.staging_bytes(config))} in {copies()} ({COPIES_VARIABLE})"))
     return lines
 
 

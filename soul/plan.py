@@ -101,6 +101,7 @@ class Plan:
     curvature_cost: float
     """Forward and backward passes of curvature updates as a share of the steps' own; a second derivative counts as another pass."""
     checkpoints: int
+    """Resumable ones, behind steps and epochs that ask for them. What the clock asks for is not known beforehand."""
     checkpoint_bytes: int
     """Of one resumable checkpoint: trained weights and optimizer state. 0 without a shape."""
     model_bytes: int
@@ -118,10 +119,23 @@ class Plan:
         """What is not offloaded, as jobs carry it to their workers."""
         return tuple(Need(item.name, item.num_bytes, item.name not in AT_MOST) for item in self.memory if not item.on_cpu)
 
+    def export_bytes(self, config: Config) -> int:
+        """Of the model that the run leaves."""
+        return self.model_bytes // 2 if config.model.export_dtype == "bf16" else self.model_bytes
+
     def disk_bytes(self, config: Config) -> int:
         """What the run directory needs at its fullest: the checkpoints that are kept, the one being written, the exported model."""
-        kept = min(config.train.keep_checkpoints + 1, self.checkpoints)
-        return kept * self.checkpoint_bytes + (self.model_bytes // 2 if config.model.export_dtype == "bf16" else self.model_bytes)
+        most = config.train.keep_checkpoints + 1
+        kept = most if config.train.save_minutes else min(most, self.checkpoints)
+        return kept * self.checkpoint_bytes + self.export_bytes(config)
+
+    def staging_bytes(self, config: Config) -> int:
+        """What a node needs at most of a run on a store: one checkpoint on its way, and the model on its way."""
+        return (self.checkpoint_bytes if config.train.saves else 0) + self.export_bytes(config)
+
+    def written_bytes(self, config: Config) -> int:
+        """All that the run writes but for checkpoints by the clock: `checkpoints` of them and the model."""
+        return self.checkpoints * self.checkpoint_bytes + self.export_bytes(config)
 
 
 def shape_of(model: nn.Module, *, hidden_size: int, intermediate_size: int, vocab_size: int) -> ModelShape:
@@ -283,7 +297,5 @@ def _padded(length: int, multiple: int = 8) -> int:
 
 
 def _num_checkpoints(train: TrainConfig, total: int, steps_per_epoch: int) -> int:
-    """One every `save_every` epochs and one at the end."""
-    at_epochs = 0 if train.save_every == 0 else total // steps_per_epoch // train.save_every
-    ends_with_one = at_epochs > 0 and total == at_epochs * train.save_every * steps_per_epoch
-    return at_epochs + (not ends_with_one)
+    """Those that steps and epochs ask for, none behind the last step."""
+    return sum(train.save_due(step, steps_per_epoch) for step in range(1, total))

@@ -12,7 +12,7 @@ from soul.device import Device, Wanted, num_gpus_here
 from soul.plan import Plan
 from soul.records import InputError
 from soul.report.numbers import memory
-from soul.store import is_uri, path_of
+from soul.store import COPIES_VARIABLE, copies, is_uri, path_of
 
 
 def check_workers(num_workers: int, device: Device, most: Mapping[str, float], *, where: str = "this machine", waits: bool = False) -> None:
@@ -60,16 +60,34 @@ def check_output(output: str) -> None:
 
 
 def check_disk(output: str, needed_bytes: int) -> None:
-    """Raises:
-    InputError: the disk of the folder has less room than `needed_bytes`.
+    """The disk of the run directory; for one on a store, of this machine's copy, where checkpoints and model are on their way.
+
+    Raises:
+        InputError: the disk of the folder has less room than `needed_bytes`.
     """
     if is_uri(output):
+        check_room(path_of(output), needed_bytes, where="this machine")
         return
-    free = shutil.disk_usage(_nearest_existing(path_of(output))).free
-    if free < needed_bytes:
+    folder = path_of(output)
+    there = sum(file.stat().st_size for file in folder.glob("checkpoints/**/*") if file.is_file())  # a resumed run has some of it
+    free = shutil.disk_usage(_nearest_existing(folder)).free
+    if free + there < needed_bytes:
         raise InputError(
             f"--output {output} needs about {memory(needed_bytes)} for checkpoints and model, the disk has {memory(free)} free. "
             "Lower --keep-checkpoints, free some space or choose another disk."
+        )
+
+
+def check_room(folder: Path, needed_bytes: int, *, where: str) -> None:
+    """Raises:
+    InputError: the disk of `folder` on the machine `where`, this one, has less room than `needed_bytes`.
+    """
+    free = shutil.disk_usage(_nearest_existing(folder)).free
+    if free < needed_bytes:
+        place = f" (or set {COPIES_VARIABLE} to a folder on a larger disk)" if folder.is_relative_to(copies()) else ""
+        raise InputError(
+            f"{where}: {folder} needs about {memory(needed_bytes)} for checkpoints and model, its disk has {memory(free)} free. "
+            f"Lower --keep-checkpoints or free some space{place}."
         )
 
 
@@ -83,7 +101,11 @@ def preflight(config: Config, plan: Plan, *, is_local: bool) -> None:
         device, most = here(config.engine.device)
         check_workers(config.engine.num_workers, device, most)
     check_output(config.output)
-    check_disk(config.output, plan.disk_bytes(config) * (1 if config.twin is None else 2))
+    arms = 1 if config.twin is None else 2
+    if not is_uri(config.output):
+        check_disk(config.output, arms * plan.disk_bytes(config))
+    elif is_local:  # on a cluster that is joined other machines write, and look at their own disks
+        check_disk(config.output, arms * plan.staging_bytes(config))
 
 
 def _nearest_existing(path: Path) -> Path:

@@ -188,6 +188,46 @@ def pull(folder: Path) -> bool:
     return True
 
 
+def facts_of(folder: Path) -> dict[str, list[int]] | None:
+    """Name -> size and time of the folder's files, as the store has them for a copy; None if it is not there. Fetches nothing."""
+    if is_uri(place := place_of(folder)):
+        return _files_of(place) or None
+    files = ((path, path.stat()) for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): [status.st_size, status.st_mtime_ns] for path, status in files} or None
+
+
+def skim(folder: Path, *, without: str) -> bool:
+    """As `pull`, but for the files whose names end like this: what is to be known of a model without its weights.
+
+    A copy that is whole stays so; one that is not is no `pull`ed folder and will be fetched by the next who needs it.
+    """
+    if not is_uri(place := place_of(folder)):
+        return folder.exists()
+    with _lock(folder):
+        files = _files_of(place)
+        if not files:
+            shutil.rmtree(folder, ignore_errors=True)
+            return False
+        known = folder / MARKER
+        if known.is_file() and known.read_text() == _marker(files):
+            return True
+        if known.is_file():
+            shutil.rmtree(folder)
+        for name, facts in files.items():
+            file = folder / name
+            if not name.endswith(without) and not _is_as(file, facts):
+                _fetch(f"{place}/{name}", file, facts)
+    return True
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder, here and in the store."""
+    if is_uri(place := place_of(folder)):
+        for name in find(place) or {}:
+            delete_file(f"{place}/{name}")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def pull_file(file: Path) -> bool:
     """As `pull`, for one small file."""
     if not is_uri(place := place_of(file)):
@@ -226,8 +266,12 @@ def attach(folder: Path, *, keep: bool = False) -> None:
                 path.unlink()
         for name, facts in files.items():
             file = folder / name
-            if not file.is_file() or [file.stat().st_size, file.stat().st_mtime_ns] != facts:
+            if not _is_as(file, facts):
                 _fetch(f"{place}/{name}", file, facts)
+
+
+def _is_as(file: Path, facts: list[int]) -> bool:
+    return file.is_file() and [file.stat().st_size, file.stat().st_mtime_ns] == facts
 
 
 def _is_small(name: str) -> bool:

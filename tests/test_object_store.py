@@ -13,12 +13,32 @@ from pathlib import Path
 import pytest
 
 from soul import object_store
+from soul.models.hashes import RECORD, model_sha256, recorded_sha256
+from soul.models.load import load_tokenizer, save_model
+from soul.models.tiny import TinyConfig, tiny_model, tiny_tokenizer
 from soul.object_store import find, make_filesystem, put_bytes, read_bytes
 from soul.records import InputError
 from soul.rundir import RunDir, write_atomically
-from soul.store import MARKER, attach, check_writable, checkout, holds, is_uri, local, path_of, place_of, publish, pull, pull_file, push
+from soul.store import (
+    MARKER,
+    attach,
+    check_writable,
+    checkout,
+    discard,
+    holds,
+    is_uri,
+    local,
+    path_of,
+    place_of,
+    publish,
+    pull,
+    pull_file,
+    push,
+    skim,
+)
 from tests.s3 import Fault, Store
 
+SHAPE = TinyConfig(hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2, vocab_size=300, max_length=32)
 FILES = {"config.json": b"{}", "weights/a.bin": os.urandom(300_001), "empty": b"", "name with spaces": b"x"}
 
 
@@ -112,6 +132,55 @@ def test_a_whole_copy_is_not_fetched_again(bucket: str, s3_store: Store, other_n
         s3_store.requests.clear()
         local(uri)
     assert not [request for request in s3_store.requests if "a.bin" in request] and len(s3_store.requests) < 4
+
+
+def requests_for(s3_store: Store, text: str) -> list[str]:
+    return [request for request in s3_store.requests if text in request]
+
+
+def test_a_model_is_named_and_looked_at_without_its_weights(bucket: str, s3_store: Store, other_node: Callable[[], None]) -> None:
+    """What a driver does with a model that other nodes have made and will evaluate."""
+    uri = f"{bucket}/run/model"
+    tokenizer = tiny_tokenizer(["a b c"], 300)
+    save_model(path_of(uri), tiny_model(SHAPE, tokenizer, seed=1), tokenizer)
+    publish(path_of(uri))
+    expected = model_sha256(path_of(uri))
+    other_node()
+    s3_store.requests.clear()
+    folder = path_of(uri)
+    assert skim(folder, without=".safetensors") and skim(folder, without=".safetensors")
+    assert load_tokenizer(str(folder)).encode("a b") == tokenizer.encode("a b")
+    assert recorded_sha256(folder) == expected
+    assert not requests_for(s3_store, ".safetensors") and not list(folder.glob("*.safetensors"))
+    assert pull(folder) and model_sha256(folder) == expected  # a folder that was skimmed is not taken for a whole one
+    s3_store.requests.clear()
+    assert skim(folder, without=".safetensors") and list(folder.glob("*.safetensors"))  # and a whole one stays whole
+    assert not requests_for(s3_store, ".safetensors")
+
+
+def test_a_model_that_was_put_there_again_has_a_hash_of_its_own(bucket: str, other_node: Callable[[], None]) -> None:
+    """By a version without records, or by hand: the bytes are fetched and read."""
+    uri = f"{bucket}/run/model"
+    tokenizer = tiny_tokenizer(["a b c"], 300)
+    save_model(path_of(uri), tiny_model(SHAPE, tokenizer, seed=1), tokenizer)
+    publish(path_of(uri))
+    before = recorded_sha256(path_of(uri))
+    other_node()
+    weights = Path(local(uri)) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    (path_of(uri) / RECORD).unlink()
+    publish(path_of(uri))
+    other_node()
+    found = recorded_sha256(path_of(uri))
+    assert found != before and found == model_sha256(path_of(uri))
+
+
+def test_what_is_discarded_is_gone_everywhere(bucket: str, tmp_path: Path) -> None:
+    for folder in (path_of(f"{bucket}/run/checkpoints"), tmp_path / "checkpoints"):
+        push(write(folder, FILES))
+        discard(folder)
+        assert not folder.exists() and not holds(folder)
+        discard(folder)
 
 
 def test_a_new_version_replaces_the_old_one_everywhere(bucket: str, copies: Path, other_node: Callable[[], None], monkeypatch) -> None:  # type: ignore[no-untyped-def]

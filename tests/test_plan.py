@@ -53,7 +53,7 @@ def test_a_plan_worked_out_by_hand() -> None:
     assert (made.rows_per_step, made.rows_per_worker, made.micro_batches, made.micro_batch_rows) == (6, 2, 2, 1)
     assert made.curvature_updates == 3  # before steps 0, 8 and 16
     assert made.curvature_cost == pytest.approx(3 * 0.5 / 21)  # retain rows only: half of a step's rows
-    assert made.checkpoints == 2  # after epoch 2 and at the end
+    assert made.checkpoints == 1  # after epoch 2; at the end there is the model
     assert made.splits == ("forget", "retain") and made.memory == () and made.checkpoint_bytes == 0
 
 
@@ -73,14 +73,53 @@ def test_curvature_costs_what_it_forwards(values: dict[str, Any], share: float) 
 
 @pytest.mark.parametrize(
     ("train", "checkpoints"),
-    [({}, 5), ({"save_every": 0}, 1), ({"save_every": 2}, 3), ({"save_every": 5}, 1), ({"max_steps": 7}, 2), ({"max_steps": 10}, 2)],
+    [
+        ({}, []),
+        ({"save_every": 1}, [5, 10, 15, 20]),
+        ({"save_every": 2}, [10, 20]),
+        ({"save_every": 5}, []),
+        ({"save_every": 1, "max_steps": 7}, [5]),
+        ({"save_every": 1, "max_steps": 10}, [5]),
+        ({"save_every": 1, "save_steps": 4, "max_steps": 17}, [4, 5, 8, 10, 12, 15, 16]),
+    ],
 )
-def test_checkpoints_are_counted_as_the_job_saves_them(train: dict[str, Any], checkpoints: int) -> None:
-    made = plan({"train": train})  # 40 rows in batches of 8: 5 steps an epoch
-    saved = {
-        step for step in range(5, made.total_steps + 1, 5) if train.get("save_every", 1) and step // 5 % train.get("save_every", 1) == 0
-    }
-    assert made.checkpoints == checkpoints == len(saved | {made.total_steps})
+def test_checkpoints_are_counted_as_the_job_saves_them(train: dict[str, Any], checkpoints: list[int]) -> None:
+    assert plan({"train": train}).checkpoints == len(checkpoints)  # 40 rows in batches of 8: 5 steps an epoch
+
+
+@pytest.mark.parametrize(
+    ("train", "written", "at_once"),
+    [
+        ({"save_minutes": None, "save_every": 1}, 4, 3),
+        ({"save_minutes": None, "save_every": 3}, 1, 1),
+        ({"save_minutes": None}, 0, 0),
+        ({"save_every": 3}, 1, 3),
+        ({}, 0, 3),
+        ({"keep_checkpoints": 1}, 0, 2),
+    ],
+)
+def test_bytes_are_those_of_the_checkpoints(train: dict[str, Any], written: int, at_once: int) -> None:
+    """By the clock there may be any number, so that as many as are kept are at the disk's fullest, and one that is being written."""
+    config = Config.model_validate({"train": train, "model": {"export_dtype": "bf16"}})
+    made = plan_run(config, num_forget=40, num_retain=360, shape=SEVEN_B, max_length=128)
+    one, model = 12 * SEVEN_B.num_params, 2 * SEVEN_B.num_params
+    assert made.checkpoint_bytes == one
+    assert (made.written_bytes(config), made.disk_bytes(config)) == (written * one + model, at_once * one + model)
+    assert made.staging_bytes(config) == (one if config.train.saves else 0) + model
+
+
+@pytest.mark.parametrize(
+    ("train", "told"),
+    [
+        ({}, ["checkpoints  one every 15 minutes; the last 2 are kept until", "MiB and a checkpoint every 15 minutes"]),
+        ({"save_every": 1}, ["one every 15 minutes and 4 at their steps; the last 2"]),
+        ({"save_minutes": None, "save_every": 1}, ["checkpoints  4, of which the last 2 are kept", "at once, at most"]),
+        ({"save_minutes": 0}, ["none: a run that is killed starts again"]),
+    ],
+)
+def test_a_dry_run_says_how_often_and_how_much_is_written(train: dict[str, Any], told: list[str]) -> None:
+    shown = re.sub(" +", " ", dry_run(Config.model_validate({"train": train, "data": {"num_authors": 20}})))
+    assert [text for text in told if re.sub(" +", " ", text) not in shown] == [], shown
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -262,4 +301,34 @@ def test_a_full_disk_is_told_before_the_run(tmp_path: Path, monkeypatch: pytest.
     preflight(config, made, is_local=False)
     with pytest.raises(InputError, match=r"needs about 502\.\d.GiB .* 251\.\d.GiB free"):
         preflight(config.model_copy(update={"twin": "adamw"}), made, is_local=False)
-    check_disk("s3://bucket/run", 10**18)
+
+
+def test_the_disk_of_a_store_s_copies_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOUL_STORE_COPIES", str(tmp_path / "copies"))
+    config = Config.model_validate({"output": "s3://bucket/run"})
+    made = plan_run(config, num_forget=40, num_retain=360, shape=SEVEN_B, max_length=128)
+    usage, asked = namedtuple("usage", "total used free"), []
+    room = 16 * SEVEN_B.num_params  # a checkpoint and the model, both on their way
+
+    def disk_usage(folder: Path) -> Any:
+        asked.append(folder)
+        return usage(0, 0, room)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    preflight(config, made, is_local=True)
+    assert asked == [tmp_path]  # the closest that is there
+    room -= 1
+    with pytest.raises(InputError, match=r"this machine: .*/copies/s3.*/bucket/run needs about 100\.4.GiB .* SOUL_STORE_COPIES"):
+        preflight(config, made, is_local=True)
+    preflight(config, made, is_local=False)  # on a cluster it is not this machine that writes
+
+
+def test_what_a_resumed_run_has_on_its_disk_is_not_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 600))
+    with pytest.raises(InputError, match="Lower --keep-checkpoints"):
+        check_disk(str(tmp_path), 1000)
+    kept = tmp_path / "checkpoints" / "x" / "step_00000010" / "data"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(bytes(400))
+    check_disk(str(tmp_path), 1000)

@@ -185,7 +185,6 @@ class Bench:
                 micro_batch_size=settings.batch_size,
                 seed=cell.seed,
                 eval_every=settings.epochs if cell.stage == "search" else 0,
-                save_every=0,
             ),
             engine=EngineConfig(precision="fp32").decided(seen()),
             stores={split: (str(prepared.stores[split]),) for split in streamed_splits(method)},

@@ -130,7 +130,6 @@ def _memorise(start: Path, stores: Sequence[Path], export: Path, steps: int) -> 
             schedule="cosine",
             seed=SEED,
             eval_every=0,
-            save_every=0,
         ),
         engine=EngineConfig(precision="fp32").decided(seen()),
         stores={"retain": tuple(map(str, stores))},

@@ -17,6 +17,7 @@ if not torch.cuda.is_available():  # what a library says of itself; nothing is d
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from soul.models.hashes import record_hashes
 from soul.records import InputError
 
 
@@ -161,6 +162,7 @@ def save_model(
         config.use_cache, config.dtype = True, dtype or config.dtype
         config.save_pretrained(staging)  # over the one of training, which names the type that the weights have in memory
         tokenizer.save_pretrained(staging)
+        record_hashes(staging)
         if folder.exists():
             os.replace(folder, old)
         os.replace(staging, folder)

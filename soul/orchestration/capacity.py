@@ -20,6 +20,7 @@ from soul.records import InputError
 LIMITS = "SOUL_CLUSTER_LIMITS"
 LAUNCHERS_FILE = Path("~/ray_bootstrap_config.yaml")  # `ray up` leaves it on the head
 UNKNOWN = 1e6
+KIND = "accelerator_type:"  # a resource of nodes with GPUs, named after them
 HEAD = "node:__internal_head__"  # a resource of the head alone
 HEAD_SECONDS = 60.0  # a worker has to start there
 AT_ONCE = 64
@@ -103,6 +104,12 @@ def decide(wanted: Wanted) -> Device:
 def may_add_gpus() -> bool:
     """Whether an autoscaler is at work that says nowhere how far it goes."""
     return not _told() and is_autoscaler_v2(fetch_from_server=True)
+
+
+def card_kinds() -> list[str]:
+    """The kinds of GPU that are up, in Ray's words; empty where it does not know them."""
+    resources = [name for node in ray.nodes() if node["Alive"] for name in node.get("Resources", {})]
+    return sorted({name.removeprefix(KIND) for name in resources if name.startswith(KIND)})
 
 
 def room_for(num_workers: int, device: Device) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import islice
+from pathlib import Path
 
 from soul.config import Config, ModelConfig
 from soul.data.chat import ChatFormat
 from soul.data.files import read_rows
+from soul.data.store import TokenStore
 from soul.data.tokenize import check_tokenizer, tokenize_record
 from soul.device import Wanted
 from soul.dry_run import likely_device, model_shape
@@ -17,6 +20,7 @@ from soul.orchestration.evaluate import plan_for
 from soul.orchestration.tokens import FileSplit, Rows, token_settings
 from soul.plan import plan_run
 from soul.preflight import check_workers, here, preflight
+from soul.train.engine import Need
 
 
 def check_local_workers(address: str | None, num_workers: int, wanted: Wanted) -> None:
@@ -59,6 +63,17 @@ def check_run(config: Config, sources: Sources, start: str) -> None:
     for record in forget:
         tokenize_record(record, tokenizer, chat, max_length=settings.max_length, truncate=settings.truncate, split="forget")
     plan_for(config, sources, start, tokenizer)
+
+
+def needs_on_card(config: Config, stores: Mapping[str, Path]) -> tuple[Need, ...]:
+    """What a rank of a decided run needs of its card; nothing where it computes on CPUs, or the model's sizes are not known."""
+    shape = model_shape(config)[0] if config.engine.runs_on == "gpu" else None
+    if shape is None:
+        return ()
+    opened = {split: TokenStore.open(folder) for split, folder in stores.items() if split in ("forget", "retain", "refusal")}
+    longest = max(int(store.lengths_R.max()) for store in opened.values())
+    sizes = {"num_forget": len(opened["forget"]), "num_retain": len(opened["retain"])}
+    return plan_run(config, **sizes, shape=shape, max_length=longest).needs
 
 
 def _at_least(rows: Rows, enough: int) -> int:

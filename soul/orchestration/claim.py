@@ -13,6 +13,7 @@ from soul.preflight import check_output
 from soul.records import InputError
 from soul.rundir import RunDir, digest, write_atomically
 from soul.store import attach, check_writable, holds
+from soul.train.config import CADENCE
 from soul.train.engine import PLACEMENT
 
 # Where a run lies and how it is watched does not make it another run.
@@ -39,7 +40,7 @@ def check_claim(config: Config) -> None:
         if config.resume:
             raise InputError(f"--resume: {config.output} holds no run to continue. Remove --resume, or correct --output.")
         return
-    ours, theirs = _settings(config), _read(folder)
+    ours, theirs = _without_cadence(_settings(config)), _without_cadence(_read(folder))
     if ours["engine"]["precision"] == "auto":  # it goes on in what it began with
         ours["engine"]["precision"] = theirs["engine"]["precision"]
     if config.resume:
@@ -111,6 +112,11 @@ def _read(folder: RunDir) -> dict[str, Any]:
 def _settings(config: Config) -> dict[str, Any]:
     settings: dict[str, Any] = json.loads(config.model_dump_json())
     return settings
+
+
+def _without_cadence(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without when a run is saved, which may change each time that it is continued."""
+    return {**settings, "train": {name: value for name, value in settings["train"].items() if name not in CADENCE}}
 
 
 def _without_placement(settings: dict[str, Any]) -> dict[str, Any]:

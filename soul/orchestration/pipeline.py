@@ -16,10 +16,11 @@ from rich.console import Console
 from soul.config import Config, EvaluateConfig
 from soul.evaluate.eval_log import EvalLog
 from soul.evaluate.score import score_log
+from soul.models.hashes import recorded_sha256
 from soul.models.load import load_tokenizer
 from soul.objectives.methods import TITLES
 from soul.orchestration.arm import unlearn
-from soul.orchestration.capacity import room_for
+from soul.orchestration.capacity import card_kinds, room_for
 from soul.orchestration.checks import check_local_workers, check_model, check_run
 from soul.orchestration.claim import check_claim, claim, decided_run, is_done, mark_done, run_dir
 from soul.orchestration.cluster import cluster
@@ -28,7 +29,7 @@ from soul.orchestration.evaluate import Judge, Judged, plan_for
 from soul.orchestration.gold import given_standard
 from soul.orchestration.outcome import write_logs, write_outcome
 from soul.orchestration.parallel import run_together
-from soul.orchestration.prepare import Prepared, given_model, prepared_model, preparing_engine, starting_model, weights_stamp
+from soul.orchestration.prepare import Prepared, given_model, prepared_model, preparing_engine, starting_model
 from soul.orchestration.progress import Display
 from soul.orchestration.tokens import token_settings, tokenise
 from soul.preflight import check_output
@@ -80,7 +81,7 @@ def _work(config: Config, arms: Sequence[Config], sources: Sources, start: str, 
     engine = config.engine
     with cluster(config.address, num_workers=engine.num_workers, device=engine.device, verbose=config.verbose) as device, display.live():
         config, *arms = (decided_run(each, device) for each in (config, *arms))
-        display.say(computes(config.engine))
+        display.say(computes(config.engine, card_kinds()))
         slots = room_for(engine.num_workers, device)
         stores = _stores(config, sources, start)
         prepared = _prepare(config, start, stores, display)
@@ -103,9 +104,11 @@ def _work(config: Config, arms: Sequence[Config], sources: Sources, start: str, 
         display.say(told)
 
 
-def computes(engine: EngineConfig) -> str:
+def computes(engine: EngineConfig, cards: Sequence[str]) -> str:
     """The device decision, for the person who started the run."""
     where = f"{engine.num_workers} worker(s) on {engine.runs_on.upper()}s"
+    if engine.runs_on == "gpu" and cards:
+        where += f" ({cards[0]})" if len(cards) == 1 else f" of several kinds ({', '.join(cards)}: the slowest and smallest set the pace)"
     if engine.computes_in == "fp32":
         return f"{where}, in fp32" + (" with TF32 products" if engine.runs_on == "gpu" else "")
     return f"{where}, in bf16" + (" over fp32 weights" if engine.computes_in == "bf16" else "")
@@ -127,7 +130,7 @@ def _judge_arms(judge: Judge, arms: Sequence[Config]) -> list[Callable[[], Judge
         run = run_dir(arm)
         name = f"{TITLES[arm.method.name]} with {arm.optimizer.name}"
         samples = run.path / "samples.jsonl" if arm.samples else None
-        key = weights_stamp(run.model)
+        key = recorded_sha256(run.model)
         calls.append(partial(judge.judge, name, str(run.model), key=key, folder=run.path / ".stages", samples=samples))
     return calls
 

@@ -20,11 +20,12 @@ from soul.objectives.methods import Finetune
 from soul.orchestration.progress import Display
 from soul.orchestration.train import fit
 from soul.rundir import RunDir, digest
-from soul.store import attach, local, place_of, publish, pull
+from soul.store import attach, discard, local, place_of, publish, pull, skim
 from soul.train.engine import EngineConfig
 from soul.train.job import TrainJob
 
 Kind = Literal["target", "retrained"]
+WEIGHTS = ".safetensors"  # what only processes that compute with a model need of it
 WORLD_SETS = ("real_authors", "world_facts")
 
 
@@ -83,7 +84,8 @@ def prepared_model(config: Config, kind: Kind, *, start: str, stores: Mapping[st
     key = prepare_key(config, digest([stores[split].name for split in splits]), kind)
     run = RunDir(cache / "models" / key)
     attach(run.path)
-    if run.finished("train", key) is not None and pull(run.model):
+    if run.finished("train", key) is not None and skim(run.model, without=WEIGHTS):
+        discard(run.checkpoints)
         display.say(f"{kind} model: made before ({run.place})")
         return Prepared(str(run.model), key)
     run.create()
@@ -101,5 +103,6 @@ def prepared_model(config: Config, kind: Kind, *, start: str, stores: Mapping[st
     )
     fit(job, name="train", on_progress=lambda step, total: display.update(f"train {kind} model", step, total))
     run.finish("train", key, {"splits": splits})
-    pull(run.model)
+    skim(run.model, without=WEIGHTS)
+    discard(run.checkpoints)
     return Prepared(str(run.model), key)

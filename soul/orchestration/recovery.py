@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
+from ray.train.v2._internal.execution.context import get_train_context
 
 from soul.object_store import find
 from soul.plan import REMEDIES
@@ -26,6 +28,7 @@ POLL_VARIABLE = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
 POLL_GIVEN = POLL_VARIABLE in os.environ
 SMALL_GROUP, SMALL_GROUP_POLL_S = 8, "0.2"
 GRACE_S = 60.0
+QUIET_S = 120.0
 STEP = re.compile(r"step_(\d+)")
 LOST = (RayActorError, WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError)
 Failures: Any = FailureConfig  # Ray chooses the V2 class at import; what type checkers see under this name is V1's
@@ -54,6 +57,27 @@ def poll_workers(num_workers: int) -> None:
         os.environ[POLL_VARIABLE] = SMALL_GROUP_POLL_S
     else:
         os.environ.pop(POLL_VARIABLE, None)
+
+
+class Notice:
+    """Called by a rank in every step: whether Ray Train has told it that nodes are about to go, and no checkpoint has been saved since.
+
+    Ranks hear of it one after the other; `answered` is called on all of them, so that one notice makes one checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._quiet_until = 0.0
+
+    def __call__(self) -> bool:
+        return time.monotonic() >= self._quiet_until and _announced() is not None
+
+    def answered(self) -> None:
+        self._quiet_until = time.monotonic() + QUIET_S
+
+
+def _announced() -> Any:
+    """What the public `ray.train.get_preemption_info` returns, without its barrier: the ranks agree in a reduction of their own."""
+    return get_train_context().preemption_context.preemption_info
 
 
 def newest_step(run_dir: str, name: str) -> int:

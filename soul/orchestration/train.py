@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,16 +15,27 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, WorkerGroupError
+from ray.train import CheckpointConfig, LoggingConfig, WorkerGroupError, collective
 from ray.train.torch import TorchConfig
 
 from soul.device import on_cpu_for_tests
 from soul.orchestration.board import Board
 from soul.orchestration.parallel import run_beside
+from soul.orchestration.recovery import (
+    Notice,
+    TrainingStopped,
+    check_card,
+    explained,
+    failure_config,
+    located,
+    newest_step,
+    poll_workers,
+    renews,
+)
+from soul.orchestration.staging import NoRoom, Staging
 from soul.orchestration.stream import ray_steps
-from soul.records import InputError
 from soul.store import is_uri, local, path_of, publish, pull_file, push, ray_storage
-from soul.train.engine import Engine, EngineConfig
+from soul.train.engine import Engine, EngineConfig, num_threads
 from soul.train.engines import make_engine
 from soul.train.job import JobResult, TrainJob, run_job
 from soul.train.loop import NonFiniteGradient, NonFiniteLoss, Progress
@@ -39,10 +48,7 @@ ScalingConfig: Any = ray.train.ScalingConfig
 
 OnProgress = Callable[[int, int], None]
 METRICS = "metrics.jsonl"
-
-
-class TrainingStopped(ArithmeticError):
-    """Training ended without a result, for a reason that trying again would not mend. The message is for the user."""
+MOST_TEXT = 500  # what Ray passes between ranks is to stay under a kilobyte
 
 
 def on_this_node(job: TrainJob) -> TrainJob:
@@ -56,60 +62,59 @@ def on_this_node(job: TrainJob) -> TrainJob:
     )
 
 
-def _save(engine: Engine, progress: Progress, metrics: Path) -> None:
-    """Every rank writes its part into a folder of its own; Ray Train merges them and forgets the oldest.
-
-    metrics.jsonl goes to a store first, so that there is no checkpoint without the lines of its steps.
-    """
-    if engine.rank == 0:
-        push(metrics)
-    folder = Path(tempfile.mkdtemp(prefix="soul-checkpoint-"))
-    try:
-        engine.save(folder, progress.to_json())
-        ray.train.report(
-            {"step": progress.step},
-            checkpoint=Checkpoint.from_directory(str(folder)),
-            checkpoint_dir_name=f"step_{progress.step:08d}",
-        )
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Runs on every rank. Returns a JobResult as a dict, or {"error": message} for a failure that a restart would repeat."""
     job: TrainJob = config["job"]
     context = ray.train.get_context()
-    torch.set_num_threads(config["threads"])
     engine = make_engine(job.engine, rank=context.get_world_rank(), world=context.get_world_size(), local_rank=context.get_local_rank())
+    local_ranks = context.get_local_world_size()
+    torch.set_num_threads(num_threads(job.engine, engine.device, local_ranks=local_ranks, otherwise=config["threads"]))
     here, board = on_this_node(job), Board(job.run_dir)
     metrics = Path(here.run_dir) / METRICS
+    staging, notice = Staging(job.run_dir, context.get_local_rank(), local_ranks), Notice()
 
-    def run(resume_from: Path | None) -> JobResult:
+    def save(engine: Engine, progress: Progress) -> None:
         if engine.rank == 0:
-            pull_file(metrics)
-        result = run_job(
-            here,
-            engine,
-            resume_from=resume_from,
-            save_checkpoint=lambda engine, progress: _save(engine, progress, metrics),
-            make_steps=lambda feed, start, stop: ray_steps(job, feed, start, stop),
-            on_step=lambda row, total: board.write(row["step"], total) if engine.rank == 0 else None,
-        )
-        if engine.rank == 0:
-            push(metrics)
-            publish(Path(here.export))
-        return result
+            push(metrics)  # first, so that there is no checkpoint without the lines of its steps
+        staging.save(engine, progress)
+        notice.answered()
 
     try:
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return dataclasses.asdict(run(None))
-        with checkpoint.as_directory() as folder:
-            return dataclasses.asdict(run(Path(folder)))
-    except (NonFiniteLoss, NonFiniteGradient, NonFiniteReference) as error:
+        check_card(engine, job.needs)
+        resume_from = staging.open(ray.train.get_checkpoint())
+        if engine.rank == 0:
+            pull_file(metrics)
+        with located(engine, job.needs):
+            result = run_job(
+                here,
+                engine,
+                resume_from=resume_from,
+                save_checkpoint=save,
+                make_steps=lambda feed, start, stop: ray_steps(job, feed, start, stop),
+                on_step=lambda row, total: board.write(row["step"], total) if engine.rank == 0 else None,
+                on_ready=lambda engine: staging.is_loaded(engine, job),
+                publish=partial(_publish, engine, metrics, Path(here.export)),
+                must_save=notice,
+            )
+        return dataclasses.asdict(result)
+    except (NonFiniteLoss, NonFiniteGradient, NonFiniteReference, NoRoom) as error:
         if engine.rank == 0 and metrics.exists():
             push(metrics)
         return {"error": str(error)}
+
+
+def _publish(engine: Engine, metrics: Path, model: Path) -> None:
+    """Rank 0 lets the store have what it wrote; the others wait as long as that takes, and fail if it does."""
+    failure: OSError | None = None
+    if engine.rank == 0:
+        try:
+            push(metrics)
+            publish(model)
+        except OSError as error:
+            failure = error
+    told = collective.broadcast_from_rank_zero(None if failure is None else str(failure)[:MOST_TEXT])
+    if told is not None:
+        raise failure or OSError(told)
 
 
 def fit(job: TrainJob, *, name: str, on_progress: OnProgress | None = None) -> JobResult:
@@ -117,13 +122,39 @@ def fit(job: TrainJob, *, name: str, on_progress: OnProgress | None = None) -> J
 
     Raises:
         TrainingStopped: a loss or the target's scores became NaN or infinite, or a file could not be read or written.
-        ray.train.TrainingFailedError: workers failed more than `max_failures` times.
+        ray.train.TrainingFailedError: workers failed more than `max_failures` times, and the run came no further between them.
     """
+    poll_workers(job.engine.num_workers)
+    metrics, board = path_of(job.run_dir) / METRICS, Board(job.run_dir)
+    board.clear()
+    with _watch(board.read if is_uri(job.run_dir) else partial(last_step, metrics), on_progress):
+        result = _until_done(job, name)
+    pull_file(metrics)
+    value = result.return_value
+    if "error" in value:
+        raise TrainingStopped(value["error"])
+    return JobResult(**value)
+
+
+def _until_done(job: TrainJob, name: str) -> Any:
+    """Ray Train's result. A run whose budget is used up begins a new one as long as it loses nodes and gets further all the same."""
+    reached = newest_step(job.run_dir, name)
+    while True:
+        try:
+            return run_beside(_trainer(job, name).fit)
+        except WorkerGroupError as error:
+            before, reached = reached, newest_step(job.run_dir, name)
+            if not renews(error, before, reached):
+                raise explained(error) or error from None
+
+
+def _trainer(job: TrainJob, name: str) -> Any:
+    """One that continues the run of this name, if there is one."""
     engine = job.engine
     least = engine.min_workers or engine.num_workers
     use_gpu = engine.runs_on == "gpu"
     threads = max(1, (torch.get_num_threads() if engine.num_workers == 1 else 1)) if use_gpu else 1
-    trainer = TorchTrainer(
+    return TorchTrainer(
         train_worker,
         train_loop_config={"job": job, "threads": threads},
         torch_config=TorchConfig(backend=_backend(engine, use_gpu=use_gpu), timeout_s=600),
@@ -135,23 +166,11 @@ def fit(job: TrainJob, *, name: str, on_progress: OnProgress | None = None) -> J
         run_config=RunConfig(
             name=name,
             **ray_storage(f"{job.run_dir}/checkpoints"),
-            failure_config=FailureConfig(max_failures=engine.max_failures),
+            failure_config=failure_config(engine),
             checkpoint_config=CheckpointConfig(num_to_keep=job.train.keep_checkpoints),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
-    metrics, board = path_of(job.run_dir) / METRICS, Board(job.run_dir)
-    board.clear()
-    with _watch(board.read if is_uri(job.run_dir) else partial(last_step, metrics), on_progress):
-        try:
-            result = run_beside(trainer.fit)
-        except WorkerGroupError as error:
-            raise _explained(error) or error from None
-    pull_file(metrics)
-    value = result.return_value
-    if "error" in value:
-        raise TrainingStopped(value["error"])
-    return JobResult(**value)
 
 
 def _backend(engine: EngineConfig, *, use_gpu: bool) -> str:
@@ -159,16 +178,6 @@ def _backend(engine: EngineConfig, *, use_gpu: bool) -> str:
     if not use_gpu or on_cpu_for_tests():
         return "gloo"
     return "nccl" if engine.offload is None else "cpu:gloo,cuda:nccl"
-
-
-def _explained(error: WorkerGroupError) -> InputError | TrainingStopped | None:
-    """What a person can mend (bad input, a full disk, a lost mount) in one line; None for a defect, which keeps its traceback."""
-    for failure in error.worker_failures.values():
-        if isinstance(failure, InputError):
-            return failure
-        if isinstance(failure, OSError):
-            return TrainingStopped(f"training stopped: {failure}. The last checkpoint is kept: mend this, then run the same again.")
-    return None
 
 
 @contextmanager

@@ -31,8 +31,9 @@ from soul.orchestration.evaluate import Judge, Judged, plan_for
 from soul.orchestration.outcome import write_outcome
 from soul.orchestration.prepare import Prepared, given_model
 from soul.orchestration.progress import Display
+from soul.orchestration.recovery import TrainingStopped
 from soul.orchestration.shared import Shared, judge_shared, retrained_of, share, target_of
-from soul.orchestration.train import TrainingStopped, fit, on_this_node
+from soul.orchestration.train import fit, on_this_node
 from soul.records import InputError
 from soul.report.results import load_results
 from soul.rundir import RunDir
@@ -124,7 +125,6 @@ def work(asked: Config, config: Config, *, command: list[str], isolated: bool, r
             standards={"target": target.path} | ({"retrained": gold.path} if isinstance(gold, Prepared) else {}),
         )
         mark_done(asked, shared.inputs(asked))
-        shutil.rmtree(run.checkpoints, ignore_errors=True)  # nothing is left to resume
     report.end({**_final_metrics(run), "epoch": config.train.epochs + 1})
 
 
@@ -189,17 +189,9 @@ def fit_here(job: TrainJob, *, name: str, on_progress: object = None, on_epoch: 
     on_gpu = engine.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(engine.device)
-    told = 0
-
-    def save(engine: Engine, progress: Progress) -> None:
-        nonlocal told
-        _save(engine, progress, folder, keep=job.train.keep_checkpoints)
-        for row in progress.epochs[told:]:
-            on_epoch(row)
-        told = len(progress.epochs)
-
     kept = checkpoints(folder)
-    result = run_job(job, engine, resume_from=kept[-1] if kept else None, save_checkpoint=save)
+    save = partial(_save, folder=folder, keep=job.train.keep_checkpoints)
+    result = run_job(job, engine, resume_from=kept[-1] if kept else None, save_checkpoint=save, on_epoch=on_epoch)
     if not on_gpu:
         result.peak_memory_bytes = 0  # the process's peak, to which the trials before this one belong as well
     return result
@@ -210,7 +202,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*"))
 
 
-def _save(engine: Engine, progress: Progress, folder: Path, *, keep: int) -> None:
+def _save(engine: Engine, progress: Progress, *, folder: Path, keep: int) -> None:
     """Written beside its place and moved there: what is called step_* is whole."""
     staging, place = folder / f".step_{progress.step:08d}", folder / f"step_{progress.step:08d}"
     shutil.rmtree(staging, ignore_errors=True)

@@ -10,18 +10,17 @@ import hashlib
 import hmac
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from soul.models.hashes import file_sha256, recorded_sha256
 from soul.records import InputError
 from soul.report.results import ModelName
 
 KEY_VARIABLE: Final = "SOUL_SEAL_KEY"
-IGNORED: Final = ("README.md",)  # the model card says nothing to the model
-_CHUNK: Final = 1 << 20
 
 
 class SealedModel(BaseModel):
@@ -41,38 +40,13 @@ class Seal(BaseModel):
     signature: str | None = None
 
 
-def file_sha256(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            found.update(chunk)
-    return found.hexdigest()
-
-
-def model_files(folder: Path) -> Iterator[Path]:
-    """The files of a model folder that have a say in what it answers, in a fixed order."""
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if path.is_file() and not hidden and relative.as_posix() not in IGNORED:
-            yield path
-
-
-def model_sha256(folder: Path) -> str:
-    """One hash for weights, configuration and tokenizer.
-
-    Raises:
-        InputError: the folder is not there or is empty.
-    """
-    hashes = {path.relative_to(folder).as_posix(): file_sha256(path) for path in model_files(folder)}
-    if not hashes:
-        raise InputError(f"expected a model folder at {folder}, found no files. Was it moved or deleted?")
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
-
-
 def make_seal(run_dir: Path, models: Mapping[str, Path]) -> Seal:
-    """The seal of a run whose results.json is written. Models without a local folder (hub ids) are left out by the caller."""
-    sealed = {name: SealedModel(path=_relative(folder, run_dir), sha256=model_sha256(folder)) for name, folder in models.items()}
+    """The seal of a run whose results.json is written. Models without a local folder (hub ids) are left out by the caller.
+
+    Hashes come from the record beside the weights. Whoever serves them reads the weights themselves, so a record that is not true is
+    a seal that does not fit.
+    """
+    sealed = {name: SealedModel(path=_relative(folder, run_dir), sha256=recorded_sha256(folder)) for name, folder in models.items()}
     seal = Seal.model_validate({"results_sha256": file_sha256(run_dir / "results.json"), "models": sealed})
     key = os.environ.get(KEY_VARIABLE)
     return seal.model_copy(update={"signature": _signature(seal, key)}) if key else seal

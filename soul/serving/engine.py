@@ -10,8 +10,8 @@ from typing import Literal, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from soul.device import Device
+from soul.models.hashes import model_sha256
 from soul.records import InputError
-from soul.report.seal import model_sha256
 from soul.serving.decoder import End, Row
 from soul.serving.likelihood import Likelihood
 from soul.serving.settings import EngineKind, EngineSettings

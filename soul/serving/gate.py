@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from soul.models.hashes import file_sha256, model_files, model_sha256
 from soul.records import InputError
 from soul.report.results import Results, load_results
-from soul.report.seal import Seal, file_sha256, model_files, model_sha256, read_seal
+from soul.report.seal import Seal, read_seal
 from soul.serving.policy import Check, judge
 from soul.serving.settings import Hosting
 from soul.serving.work import ModelSpec

@@ -92,4 +92,3 @@ class DDPEngine:
 
     def export(self, folder: Path, *, tokenizer: Any, dtype: torch.dtype | None = None) -> None:
         export_model(folder, self.model, tokenizer=tokenizer, dtype=dtype, is_writer=self.rank == 0)
-        dist.barrier()

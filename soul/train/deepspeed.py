@@ -126,7 +126,6 @@ class DeepSpeedEngine:
 
     def export(self, folder: Path, *, tokenizer: Any, dtype: torch.dtype | None = None) -> None:
         export_weights(folder, unwrap(self.model), self._whole, tokenizer=tokenizer, dtype=dtype, is_writer=self.rank == 0)
-        dist.barrier()
 
     @property
     def _engine(self) -> Any:

@@ -6,6 +6,7 @@ losses, weights and curvature of `single`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -220,3 +221,10 @@ def unwrap(model: nn.Module) -> nn.Module:
     inner = getattr(model, "module", model)
     assert isinstance(inner, nn.Module)
     return inner
+
+
+def num_threads(config: EngineConfig, device: torch.device, *, local_ranks: int, otherwise: int) -> int:
+    """CPU threads of one of `local_ranks` ranks on this node. Where a GPU's weights are stepped in CPU memory: its share of the cores."""
+    if config.offload is None or device.type == "cpu":
+        return otherwise
+    return max(1, (os.cpu_count() or 1) // local_ranks)

@@ -7,18 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from soul.models.load import save_model
 from soul.train.engine import unwrap
 from soul.train.lora import merged
+from soul.train.ranks import first_of_ranks
 
 Gather = Callable[[Tensor], Tensor]
 
 
 def export_model(folder: Path, model: nn.Module, *, tokenizer: Any, dtype: torch.dtype | None, is_writer: bool) -> None:
-    """Write `folder` on the rank with `is_writer`. Collective where parameters are sharded."""
+    """Write `folder` on the rank with `is_writer`. Collective: whichever rank returns, the folder is complete.
+
+    Raises:
+        OSError: it could not be written; on every rank.
+    """
     export_weights(folder, unwrap(model), whole_tensor, tokenizer=tokenizer, dtype=dtype, is_writer=is_writer)
 
 
@@ -26,8 +32,15 @@ def export_weights(folder: Path, model: nn.Module, whole: Gather, *, tokenizer: 
     """As `export_model`, for an unwrapped model whose tensors `whole` makes whole."""
     adapted = any(".lora_" in name for name, _ in model.named_parameters())
     weights = whole_weights(model, whole, keep=is_writer, dtype=None if adapted else dtype)  # adapters are added before rounding
+    failure: OSError | SafetensorError | None = None
     if is_writer:
-        save_model(folder, model, tokenizer, state=merged(weights, model), dtype=dtype)  # type: ignore[arg-type]
+        try:
+            save_model(folder, model, tokenizer, state=merged(weights, model), dtype=dtype)  # type: ignore[arg-type]
+        except (OSError, SafetensorError) as error:
+            failure = error
+    told = first_of_ranks(None if failure is None else f"the model cannot be written to {folder}: {failure}")
+    if told is not None:
+        raise OSError(told) from failure
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

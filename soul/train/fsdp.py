@@ -93,4 +93,3 @@ class FSDPEngine:
     def export(self, folder: Path, *, tokenizer: Any, dtype: torch.dtype | None = None) -> None:
         reshard(self.model)
         export_model(folder, self.model, tokenizer=tokenizer, dtype=dtype, is_writer=self.rank == 0)
-        dist.barrier()

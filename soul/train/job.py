@@ -6,8 +6,10 @@ import json
 import math
 import resource
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from soul.objectives.methods import Method, streamed_splits
 from soul.optim.configs import OneShotConfig, OptimizerConfig
 from soul.rundir import write_atomically
 from soul.train.config import TrainConfig
-from soul.train.engine import BuildModel, BuildOptimizer, Engine, EngineConfig
+from soul.train.engine import BuildModel, BuildOptimizer, Engine, EngineConfig, Need
 from soul.train.loop import Hooks, Progress, train
 from soul.train.lora import add_adapters, add_stored_adapters
 from soul.train.moved import MovedWeights
@@ -59,6 +61,7 @@ class TrainJob:
     revision: str | None = None
     trust_remote_code: bool = False
     export_dtype: str | None = None
+    needs: tuple[Need, ...] = ()
 
     @property
     def source(self) -> StepSource:
@@ -88,8 +91,17 @@ def run_job(
     save_checkpoint: SaveCheckpoint,
     make_steps: MakeSteps | None = None,
     on_step: Callable[[dict[str, Any], int], None] | None = None,
+    on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
+    on_ready: Callable[[Engine], None] = lambda engine: None,
+    publish: Callable[[], None] = lambda: None,
+    must_save: Callable[[], bool] = lambda: False,
 ) -> JobResult:
-    """Train `job` on this rank. `make_steps` replaces the local feed (Ray Data's); `on_step(row, total)` is called on every rank."""
+    """Train `job` on this rank. `make_steps` replaces the local feed (Ray Data's). All callables are called on every rank.
+
+    `on_epoch` hears each row of cheap evaluations, those of a checkpoint first; `on_ready` the engine, before the first step. `publish`
+    is told that the model has been exported, and fails on all ranks or on none: a run whose model got lost behind the last step leaves
+    a checkpoint of it; `must_save` is asked in every step, and one rank that says yes is enough.
+    """
     tokenizer = load_tokenizer(job.model, revision=job.revision, trust_remote_code=job.trust_remote_code)
     engine.prepare(*_builders(job))
     if job.reference is not None:
@@ -114,16 +126,9 @@ def run_job(
         if on_step is not None:
             on_step(row, total)
 
-    def after_epoch(epoch: int, now: Progress) -> None:
-        done = now.step == total
-        if job.probes and job.train.eval_every and (epoch % job.train.eval_every == 0 or done):
-            probed = probe_splits(engine, job.probes, limit=job.probe_limit, pad_id=pad_id)
-            now.epochs.append({"epoch": epoch, "step": now.step, **probed})
-        if done or (job.train.save_every and epoch % job.train.save_every == 0):
-            save_checkpoint(engine, now)
-
-    if job.probes and job.train.eval_every and progress.step == 0:
-        progress.epochs.append({"epoch": 0, "step": 0, **probe_splits(engine, job.probes, limit=job.probe_limit, pad_id=pad_id)})
+    on_ready(engine)
+    probes, resumed_at = _Probes(job, engine, pad_id, on_epoch), None if resume_from is None else progress.step
+    probes.begin(progress)
     feed = LocalFeed(plan, stores, engine.rank, engine.world, job.train.micro_batch_size, pad_id)
     steps = feed.steps(progress.step, total) if make_steps is None else make_steps(feed, progress.step, total)
     progress = train(
@@ -134,11 +139,55 @@ def run_job(
         steps=steps,
         steps_per_epoch=plan.steps_per_epoch,
         progress=progress,
-        hooks=Hooks(after_step, after_epoch),
+        hooks=Hooks(after_step, partial(probes.after, total=total), partial(save_checkpoint, engine), must_save),
         whole=WholePass.of(plan, stores, total) if isinstance(job.optimizer, OneShotConfig) else None,
     )
-    engine.export(Path(job.export), tokenizer=tokenizer, dtype=_export_dtype(job))
+    with _rescued(partial(save_checkpoint, engine, progress), needed=progress.step != resumed_at):
+        engine.export(Path(job.export), tokenizer=tokenizer, dtype=_export_dtype(job))
+        publish()
     return JobResult(progress.step, progress.tokens, progress.seconds, peak_memory_bytes(engine), state_bytes(engine), progress.epochs)
+
+
+@contextmanager
+def _rescued(save: Callable[[], None], *, needed: bool) -> Iterator[None]:
+    """A trained model that cannot be written where it belongs is kept as a checkpoint, if it is not one already."""
+    try:
+        yield
+    except OSError:
+        if needed:
+            save()
+        raise
+
+
+@dataclass(frozen=True)
+class _Probes:
+    """The cheap evaluations of a job: when they are due, and who hears of them."""
+
+    job: TrainJob
+    engine: Engine
+    pad_id: int
+    listener: Callable[[Mapping[str, Any]], None] | None
+
+    def begin(self, progress: Progress) -> None:
+        """Before the first step; of a run that is continued the listener hears what a checkpoint has brought."""
+        for row in progress.epochs:
+            self._tell(row)
+        if self.job.probes and self.job.train.eval_every and progress.step == 0:
+            self._probe(0, progress)
+
+    def after(self, epoch: int, progress: Progress, *, total: int) -> None:
+        every = self.job.train.eval_every
+        if self.job.probes and every and (epoch % every == 0 or progress.step == total):
+            self._probe(epoch, progress)
+
+    def _probe(self, epoch: int, progress: Progress) -> None:
+        probed = probe_splits(self.engine, self.job.probes, limit=self.job.probe_limit, pad_id=self.pad_id)
+        progress.epochs.append({"epoch": epoch, "step": progress.step, **probed})
+        self._tell(progress.epochs[-1])
+
+    def _tell(self, row: Mapping[str, Any]) -> None:
+        if self.listener is not None:
+            self.listener(row)
 
 
 def _builders(job: TrainJob) -> tuple[BuildModel, BuildOptimizer]:

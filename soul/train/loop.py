@@ -19,7 +19,7 @@ from soul.optim.configs import OneShotConfig, OptimizerConfig
 from soul.optim.one_shot import OneShot
 from soul.optim.schedule import lr_factor
 from soul.optim.sophia import SophiaG
-from soul.train.config import TrainConfig
+from soul.train.config import Clock, TrainConfig
 from soul.train.curvature import curvature_mean, measure_curvature
 from soul.train.engine import Engine
 from soul.train.objective import global_counts, term_sums
@@ -66,21 +66,35 @@ class Progress:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What happens beside the steps. Both are called on every rank (they may be collective)."""
+    """What happens beside the steps, in this order. All are called on every rank (they may be collective)."""
 
     after_step: Callable[[dict[str, Any]], None] = lambda row: None
     after_epoch: Callable[[int, Progress], None] = lambda epoch, progress: None
+    save: Callable[[Progress], None] = lambda progress: None
+    """A resumable checkpoint is due: never behind the last step, when the run is done."""
+    must_save: Callable[[], bool] = lambda: False
+    """Asked on every rank in every step: one rank that says so is enough for a checkpoint."""
 
 
-def _descend(
-    engine: Engine, batches: Sequence[Batch], method: Method, step: int, whole: WholePass | None
-) -> tuple[dict[str, float], float]:
-    """Backward of the objective over all micro-batches; returns the global value of each term and the tokens seen.
+@dataclass(frozen=True, slots=True)
+class _Descent:
+    """The global value of each term and of the objective, the tokens seen, and whether rank 0's clock asks for a checkpoint."""
 
-    The gradient is of means over the step, or of the step's part of means over a `whole` pass.
+    values: dict[str, float]
+    loss: float
+    tokens: float
+    save_due: bool
+
+
+def _descend(engine: Engine, batches: Sequence[Batch], method: Method, step: int, whole: WholePass | None, *, is_late: bool) -> _Descent:
+    """Backward of the objective over all micro-batches.
+
+    The gradient is of means over the step, or of the step's part of means over a `whole` pass. That a rank wants a checkpoint travels
+    with the counts, which are whole numbers: no reduction more, and no sum that it could change.
     """
     terms = method.terms()
-    counts = global_counts(engine, batches, [(term.split, term.unit) for term in terms] + [(term.split, "tokens") for term in terms])
+    wanted = [(term.split, term.unit) for term in terms] + [(term.split, "tokens") for term in terms]
+    *counts, late = global_counts(engine, batches, wanted, int(is_late))
     divisors, tokens = counts[: len(terms)], sum(counts[len(terms) :])
     shares = divisors if whole is None else [whole.tokens[term.split] for term in terms]
     totals = torch.zeros(len(terms), dtype=torch.float64, device=engine.device)
@@ -93,7 +107,7 @@ def _descend(
     values = dict(zip((term.name for term in terms), means.tolist(), strict=True))
     if not all(map(math.isfinite, values.values())):
         raise NonFiniteLoss(step, [name for name, value in values.items() if not math.isfinite(value)])
-    return values, tokens
+    return _Descent(values, sum(term.weight * values[term.name] for term in terms), tokens, late > 0)
 
 
 def _prepare_step(
@@ -131,12 +145,11 @@ def train(
     """Run from `progress.step` to the end. `steps` yields this rank's micro-batches from that step on; `whole` is for one_shot.
 
     Raises:
-        NonFiniteLoss: a term's value is NaN or infinite.
-        NonFiniteGradient: the gradient is, though no term's value was.
+        NonFiniteLoss, NonFiniteGradient: a term's value is NaN or infinite, or the gradient is though no value was.
     """
     total = config.total_steps(steps_per_epoch)
     telemetry = Telemetry(engine, optimizer, progress.rho, every=config.telemetry_every)
-    weights = {term.name: term.weight for term in method.terms()}
+    clock = Clock(config.save_minutes)
     engine.model.train()
     for batches in steps:
         if progress.step >= total:
@@ -147,22 +160,21 @@ def train(
             measure_curvature(engine, batches, method, optimizer, seed=config.seed, update=progress.hessian_updates, whole=whole)
             progress.hessian_updates += 1
         rate = _prepare_step(engine, optimizer, config, progress, total, whole)
-        values, tokens = _descend(engine, batches, method, progress.step, whole)
+        found = _descend(engine, batches, method, progress.step, whole, is_late=(clock.is_late() and engine.rank == 0) or hooks.must_save())
         telemetry.before_step(progress.step)
-        info = engine.step()
-        if not math.isfinite(info.grad_norm):
+        if not math.isfinite((info := engine.step()).grad_norm):
             raise NonFiniteGradient(progress.step)
         progress.rho = telemetry.after_step(progress.step)
         progress.step += 1
-        progress.tokens += int(tokens)
+        progress.tokens += int(found.tokens)
         progress.seconds += time.perf_counter() - started
         hooks.after_step(
             {
                 "step": progress.step,
                 "total_steps": total,
                 "epoch": progress.step / steps_per_epoch,
-                "loss": sum(weights[name] * value for name, value in values.items()),
-                "terms": values,
+                "loss": found.loss,
+                "terms": found.values,
                 "learning_rate": rate,
                 "grad_norm": info.grad_norm,
                 "tokens": progress.tokens,
@@ -172,4 +184,7 @@ def train(
         )
         if progress.step % steps_per_epoch == 0 or progress.step == total:
             hooks.after_epoch(-(-progress.step // steps_per_epoch), progress)
+        if progress.step < total and (found.save_due or config.save_due(progress.step, steps_per_epoch)):
+            hooks.save(progress)
+            clock.restart()
     return progress

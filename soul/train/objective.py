@@ -22,9 +22,9 @@ def count(batch: Batch, split: str, unit: Unit) -> int:
     return int(supervised_B.sum() if unit == "tokens" else (supervised_B > 0).sum())
 
 
-def global_counts(engine: Engine, batches: Sequence[Batch], wanted: Sequence[tuple[str, Unit]]) -> list[float]:
-    """What each (split, unit) is divided by: counts over all ranks and micro-batches. One reduction."""
-    local = [sum(count(batch, split, unit) for batch in batches) for split, unit in wanted]
+def global_counts(engine: Engine, batches: Sequence[Batch], wanted: Sequence[tuple[str, Unit]], *votes: int) -> list[float]:
+    """What each (split, unit) is divided by: counts over all ranks and micro-batches; behind them the sum of each vote. One reduction."""
+    local = [*(sum(count(batch, split, unit) for batch in batches) for split, unit in wanted), *votes]
     counts: list[float] = engine.all_reduce_sum(torch.tensor(local, dtype=torch.float64, device=engine.device)).tolist()
     return counts
 

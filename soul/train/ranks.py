@@ -28,3 +28,12 @@ def sum_over_ranks(tensor: Tensor, device: torch.device) -> Tensor:
     total = tensor.detach().to(device, copy=True)
     dist.all_reduce(total)
     return total
+
+
+def first_of_ranks(text: str | None) -> str | None:
+    """The first rank's text that has one, the same on every rank: what went wrong somewhere stops all of them. A barrier, too."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return text
+    texts: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, text)
+    return next((found for found in texts if found is not None), None)

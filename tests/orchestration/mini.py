@@ -29,7 +29,7 @@ TINY = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 1, "num_heads"
 
 STEPS = 270
 # Long enough to be killed in the middle on any machine: thirty steps between checkpoints, and every step of each is repeated.
-TRAIN = {"epochs": 90, "save_every": 10, "eval_every": 0}
+TRAIN = {"epochs": 90, "save_every": 10, "save_minutes": None, "eval_every": 0}
 
 
 @dataclass(frozen=True)

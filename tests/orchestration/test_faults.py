@@ -115,7 +115,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(
     exploding = {
         "method": {"name": "ga"},
         "optimizer": {"name": "adamw", "learning_rate": 1e10},
-        "train": {"epochs": 30, "batch_size": 20, "warmup_fraction": 0, "schedule": "constant"},
+        "train": {"epochs": 30, "batch_size": 20, "warmup_fraction": 0, "schedule": "constant", "save_steps": 1},
         "engine": {"max_grad_norm": None},
     }
     assert main(run_words(finished, run, **exploding)) == FAILURE

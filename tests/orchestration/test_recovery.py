@@ -19,6 +19,8 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from soul.config import Config
 from soul.orchestration import recovery
+from soul.orchestration.capacity import card_kinds
+from soul.orchestration.pipeline import computes
 from soul.orchestration.recovery import RankFailed, TrainingStopped, explained, located, newest_step, poll_workers, refuse_small, renews
 from soul.plan import ModelShape, plan_run
 from soul.records import InputError
@@ -93,3 +95,15 @@ def test_out_of_memory_and_lost_peers_end_in_one_line() -> None:
     assert "rank 3 on" in line and "DistBackendError: NCCL error in: socket closed" in line and "\n" not in line
     assert isinstance(explained(failed(r0=OSError(28, "No space left"))), TrainingStopped)
     assert explained(failed(r0=BROKEN)) is None
+
+
+def test_several_kinds_of_card_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    node: dict[str, Any] = {"Alive": True, "Resources": {"GPU": 4.0, "accelerator_type:A10G": 1.0}}
+    other = {"Alive": True, "Resources": {"GPU": 1.0, "accelerator_type:L4": 1.0}}
+    monkeypatch.setattr(recovery.ray, "nodes", lambda: [node, node, other, {**other, "Alive": False}])
+    assert card_kinds() == ["A10G", "L4"]
+    engine = EngineConfig(name="fsdp", num_workers=5).decided("gpu")
+    assert computes(engine, ["A10G", "L4"]).startswith("5 worker(s) on GPUs of several kinds (A10G, L4: the slowest")
+    assert computes(engine, ["A10G"]) == "5 worker(s) on GPUs (A10G), in bf16 over fp32 weights"
+    assert computes(EngineConfig(precision="fp32").decided("gpu"), []) == "1 worker(s) on GPUs, in fp32 with TF32 products"
+    assert computes(EngineConfig().decided("cpu"), []) == "1 worker(s) on CPUs, in fp32"

@@ -27,8 +27,8 @@ from tests.orchestration.mini import STEPS, TRAIN, Finished, fingerprint, mini, 
 from tests.s3 import Fault, Store
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
-ONE_WORKER: dict[str, Any] = {"train": {"epochs": 3, "keep_checkpoints": 2}}  # as the run of `finished`
-TWO_WORKERS: dict[str, Any] = {"engine": {"name": "fsdp", "num_workers": 2}, "train": {"epochs": 2}}
+ONE_WORKER: dict[str, Any] = {"train": {"epochs": 3, "keep_checkpoints": 2, "save_every": 1}}  # as the run of `finished`
+TWO_WORKERS: dict[str, Any] = {"engine": {"name": "fsdp", "num_workers": 2}, "train": {"epochs": 2, "save_every": 1}}
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ def test_a_run_on_a_store_is_the_run_on_a_disk(remote: Remote) -> None:
     names = {name for name in find(remote.uri) or {} if "/" not in name or name.startswith(("logs/", "model/"))}
     beside = {path.relative_to(remote.local).as_posix() for path in remote.local.rglob("*") if path.is_file()}
     assert {name for name in beside if "/" not in name or name.startswith(("logs/", "model/"))} <= names
+    assert not [name for name in find(remote.uri) or {} if name.startswith("checkpoints/")]
 
 
 def test_another_machine_sees_the_whole_run(remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,9 @@ def test_halving_never_stops_a_trial_at_its_last_report() -> None:
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_trial_that_broke_off_goes_on_from_its_last_checkpoint(finished: Finished, tmp_path: Path) -> None:
-    job = dataclasses.replace(finished.jobs["sophia"], export=str(tmp_path / "model"), run_dir=str(tmp_path))
+    made = finished.jobs["sophia"]
+    often = made.train.model_copy(update={"save_steps": 2})
+    job = dataclasses.replace(made, export=str(tmp_path / "model"), run_dir=str(tmp_path), train=often)
     heard: list[int] = []
 
     class Killed(BaseException):

@@ -74,6 +74,8 @@ def test_a_run_spreads_over_nodes_without_a_common_disk(
     assert process.returncode == DONE, err
     here, there = (json.loads(text) for text in ((beside / "results.json").read_text(), read_bytes(f"{uri}/results.json") or b""))
     assert {**here, "cost": None} == {**there, "cost": None}
+    weights = {path.relative_to(tmp_path).parts[-3:] for path in (tmp_path / "driver").rglob("*.safetensors")}
+    assert {parts[0] for parts in weights} <= {"init"}  # what it made itself to start from: no model that others trained
     assert fingerprint(Path(local(f"{uri}/model"))) == fingerprint(beside / "model")
     for folder in copies:  # each has fetched what it worked on, and nobody looked into another's
         assert list(folder.rglob("store.json")) and list(folder.rglob("*.safetensors")), folder

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from soul.models.hashes import model_sha256
 from soul.records import InputError
-from soul.report.seal import model_sha256
 from soul.serving.decoder import End, Row, RunningBatch, Sampling
 from soul.serving.engine import Engine, load_engine
 from soul.serving.likelihood import Likelihood

@@ -16,9 +16,9 @@ from typing import Any
 import psutil
 import pytest
 
+from soul.models.hashes import model_sha256
 from soul.models.load import load_tokenizer
 from soul.records import InputError
-from soul.report.seal import model_sha256
 from soul.serving import engine as engines
 from soul.serving import vllm_engine
 from soul.serving.decoder import End, Row, Sampling

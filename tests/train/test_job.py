@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+import soul.train.export
 from soul.data.store import finish_store, write_part
 from soul.models.load import load_model, save_model
 from soul.models.tiny import TinyConfig, tiny_model, tiny_tokenizer
 from soul.objectives.methods import NPO, Finetune
 from soul.optim.configs import SophiaConfig
-from soul.train.config import TrainConfig
+from soul.train.config import Clock, TrainConfig
 from soul.train.engine import Engine, EngineConfig
 from soul.train.job import JobResult, TrainJob, _StepLog, run_job
 from soul.train.loop import Progress
@@ -55,8 +56,9 @@ def job_in(folder: Path, run_dir: Path, **train: Any) -> TrainJob:
     )
 
 
-def run(job: TrainJob, *, resume_from: Path | None = None, stop_at: int | None = None) -> tuple[JobResult | None, list[int]]:
-    """The job's result and the steps it left checkpoints of, in RUN_DIR/STEP; None if it was interrupted behind step `stop_at`."""
+def run(job: TrainJob, *, resume_from: Path | None = None, stop_at: int | None = None, **hooks: Any) -> tuple[JobResult | None, list[int]]:
+    """The job's result and the steps it left checkpoints of, in RUN_DIR/STEP; None if it was interrupted behind step `stop_at`, or its
+    model could not be written."""
     saved: list[int] = []
 
     def save(engine: Engine, progress: Progress) -> None:
@@ -68,8 +70,10 @@ def run(job: TrainJob, *, resume_from: Path | None = None, stop_at: int | None =
             raise KeyboardInterrupt
 
     try:
-        return run_job(job, SingleEngine(job.engine.decided("cpu")), resume_from=resume_from, save_checkpoint=save, on_step=on_step), saved
-    except KeyboardInterrupt:
+        return run_job(
+            job, SingleEngine(job.engine.decided("cpu")), resume_from=resume_from, save_checkpoint=save, on_step=on_step, **hooks
+        ), saved
+    except (KeyboardInterrupt, OSError):
         return None, saved
 
 
@@ -83,47 +87,125 @@ def weights(job: TrainJob) -> dict[str, torch.Tensor]:
     return state
 
 
-def test_an_interrupted_job_ends_like_an_uninterrupted_one(folder: Path, tmp_path: Path) -> None:
-    straight, broken = job_in(folder, tmp_path / "straight"), job_in(folder, tmp_path / "broken")
-    expected, saved = run(straight)
-    assert expected is not None and saved == [3, 6, 9]
-    assert run(broken, stop_at=5) == (None, [3])
-    assert [row["step"] for row in metrics(broken)] == [1, 2, 3, 4, 5]
-    with (tmp_path / "broken" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "terms": {"forget": 1.0}')  # what a power cut may leave
-    found, saved = run(broken, resume_from=tmp_path / "broken" / "3")
-    assert found is not None and saved == [6, 9]
-    assert metrics(broken) == metrics(straight)
-    assert [row["step"] for row in metrics(broken)] == list(range(1, 10))
-    for name, value in weights(broken).items():
-        assert torch.equal(value, weights(straight)[name]), name
-    assert (found.steps, found.tokens, found.epochs) == (expected.steps, expected.tokens, expected.epochs)
+@pytest.fixture(scope="module")
+def straight(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainJob, JobResult]:
+    """A job without a checkpoint: it takes less than fifteen minutes."""
+    job = job_in(folder, tmp_path_factory.mktemp("straight"))
+    result, saved = run(job)
+    assert result is not None and saved == []
+    return job, result
 
 
-def test_a_finished_job_only_exports_again(folder: Path, tmp_path: Path) -> None:
-    job = job_in(folder, tmp_path, max_steps=2)
-    expected, _ = run(job)
-    before, rows = weights(job), metrics(job)
-    found, saved = run(job, resume_from=tmp_path / "2")
-    assert found is not None and expected is not None and saved == []
-    assert dataclasses.replace(found, peak_memory_bytes=0) == dataclasses.replace(expected, peak_memory_bytes=0)
-    assert metrics(job) == rows and all(torch.equal(value, before[name]) for name, value in weights(job).items())
+def assert_same(job: TrainJob, result: JobResult | None, straight: tuple[TrainJob, JobResult]) -> None:
+    """Weights and metrics bit for bit, and what is reported of them."""
+    other, expected = straight
+    assert result is not None
+    assert (result.steps, result.tokens, result.epochs) == (expected.steps, expected.tokens, expected.epochs)
+    assert metrics(job) == metrics(other) and [row["step"] for row in metrics(job)] == list(range(1, 10))
+    for name, value in weights(job).items():
+        assert torch.equal(value, weights(other)[name]), name
 
 
 @pytest.mark.parametrize(
-    ("settings", "evaluated", "saved"),
+    ("cadence", "saved"),
     [
-        ({}, [0, 1, 2, 3], [3, 6, 9]),
-        ({"eval_every": 2, "save_every": 2}, [0, 2, 3], [6, 9]),
-        ({"eval_every": 0, "save_every": 0}, [], [9]),
-        ({"max_steps": 4}, [0, 1, 2], [3, 4]),
+        ({"save_steps": 1}, [1, 2, 3, 4, 5, 6, 7, 8]),
+        ({"save_every": 1}, [3, 6]),
+        ({"save_minutes": 1e-9}, [1, 2, 3, 4, 5, 6, 7, 8]),
+        ({"save_steps": 4, "save_every": 2, "save_minutes": None}, [4, 6, 8]),
+        ({"save_minutes": 0}, []),
     ],
 )
-def test_evaluations_and_checkpoints_come_when_they_are_due(
-    settings: dict[str, int], evaluated: list[int], saved: list[int], folder: Path, tmp_path: Path
+def test_a_run_is_the_same_however_often_it_is_saved(
+    cadence: dict[str, Any], saved: list[int], straight: tuple[TrainJob, JobResult], folder: Path, tmp_path: Path
 ) -> None:
-    result, found = run(job_in(folder, tmp_path, **settings))
-    assert result is not None and found == saved
+    job = job_in(folder, tmp_path, **cadence)
+    result, found = run(job)
+    assert found == saved  # none behind the last step
+    assert_same(job, result, straight)
+
+
+@pytest.mark.parametrize(("cadence", "last"), [({"save_every": 1}, 3), ({"save_steps": 2}, 4), ({"save_minutes": 1e-9}, 4)])
+def test_an_interrupted_job_ends_like_an_uninterrupted_one(
+    cadence: dict[str, Any], last: int, straight: tuple[TrainJob, JobResult], folder: Path, tmp_path: Path
+) -> None:
+    broken = job_in(folder, tmp_path, **cadence)
+    result, saved = run(broken, stop_at=5)
+    assert result is None and saved[-1] == last
+    assert [row["step"] for row in metrics(broken)] == [1, 2, 3, 4, 5]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "terms": {"forget": 1.0}')  # what a power cut may leave
+    heard: list[dict[str, Any]] = []
+    result, saved = run(broken, resume_from=tmp_path / str(last), on_epoch=heard.append)
+    assert saved[0] > last
+    assert_same(broken, result, straight)
+    assert heard == straight[1].epochs  # whoever listens now has not heard the first ones
+
+
+@pytest.mark.parametrize("lost", ["export", "publish"])
+def test_a_model_that_cannot_be_written_is_left_as_a_checkpoint(
+    lost: str, straight: tuple[TrainJob, JobResult], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_in(folder, tmp_path)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    failing: dict[str, Any] = {"publish": full} if lost == "publish" else {}
+    with monkeypatch.context() as patch:
+        if lost == "export":
+            patch.setattr(soul.train.export, "save_model", full)
+        assert run(job, **failing) == (None, [9])
+        assert run(job, resume_from=tmp_path / "9", **failing) == (None, [])  # it is there
+    result, saved = run(job, resume_from=tmp_path / "9")
+    assert saved == []
+    assert_same(job, result, straight)
+    assert result is not None and dataclasses.replace(result, peak_memory_bytes=0, train_s=0.0) == dataclasses.replace(
+        straight[1], peak_memory_bytes=0, train_s=0.0
+    )
+
+
+class Second(SingleEngine):
+    """The second of two ranks: what the first one's clock says comes with the sums."""
+
+    first_is_late = False
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config)
+        self.rank = 1
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        votes = len(NPO().terms()) * 2 + 1  # counts of each term and its tokens, and one vote
+        return tensor if len(tensor) != votes else tensor + torch.tensor([*[0.0] * (votes - 1), float(self.first_is_late)])
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_only_the_first_ranks_clock_counts(late: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Second, "first_is_late", late)
+    job, saved = job_in(folder, tmp_path, max_steps=3, eval_every=0, save_minutes=None if late else 1e-9), []
+    run_job(job, Second(job.engine), resume_from=None, save_checkpoint=lambda engine, progress: saved.append(progress.step))
+    assert saved == ([1, 2] if late else [])
+
+
+def test_the_clock_counts_minutes_since_the_last_checkpoint() -> None:
+    now = [0.0]
+    clock, off = Clock(15, now=lambda: now[0]), Clock(None, now=lambda: now[0])
+    found = []
+    for now[0] in (0.0, 899.9, 900.0, 1000.0):
+        found.append(clock.is_late())
+    clock.restart()
+    for now[0] in (1899.0, 1900.0):
+        found.append(clock.is_late())
+    assert found == [False, False, True, True, False, True] and not off.is_late()
+
+
+@pytest.mark.parametrize(
+    ("settings", "evaluated"), [({}, [0, 1, 2, 3]), ({"eval_every": 2}, [0, 2, 3]), ({"eval_every": 0}, []), ({"max_steps": 4}, [0, 1, 2])]
+)
+def test_evaluations_come_when_they_are_due(settings: dict[str, int], evaluated: list[int], folder: Path, tmp_path: Path) -> None:
+    heard: list[dict[str, Any]] = []
+    result, _ = run(job_in(folder, tmp_path, **settings), on_epoch=heard.append)
+    assert result is not None and heard == result.epochs
     assert [row["epoch"] for row in result.epochs] == evaluated
     total = settings.get("max_steps", 3 * STEPS_PER_EPOCH)
     assert [row["step"] for row in result.epochs] == [min(epoch * STEPS_PER_EPOCH, total) for epoch in evaluated]
