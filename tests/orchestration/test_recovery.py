@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 pytest.importorskip("ray")
 
+import ray
 from ray.exceptions import ActorDiedError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
@@ -100,7 +101,7 @@ def test_out_of_memory_and_lost_peers_end_in_one_line() -> None:
 def test_several_kinds_of_card_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     node: dict[str, Any] = {"Alive": True, "Resources": {"GPU": 4.0, "accelerator_type:A10G": 1.0}}
     other = {"Alive": True, "Resources": {"GPU": 1.0, "accelerator_type:L4": 1.0}}
-    monkeypatch.setattr(recovery.ray, "nodes", lambda: [node, node, other, {**other, "Alive": False}])
+    monkeypatch.setattr(ray, "nodes", lambda: [node, node, other, {**other, "Alive": False}])
     assert card_kinds() == ["A10G", "L4"]
     engine = EngineConfig(name="fsdp", num_workers=5).decided("gpu")
     assert computes(engine, ["A10G", "L4"]).startswith("5 worker(s) on GPUs of several kinds (A10G, L4: the slowest")
