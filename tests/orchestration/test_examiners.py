@@ -32,7 +32,7 @@ def test_values_do_not_depend_on_the_number_of_examiners_or_on_their_deaths(fini
     """One process here, one examiner in the finished run, and two of which the first to work is killed in the middle of its item."""
     import ray
 
-    config = finished.config.decided("cpu")
+    config = finished.config.decided("gpu")  # which Ray counts, and nobody has
     sources = open_sources(config.data, benchmark=config.benchmark, seed=config.train.seed)
     alone = judge_here(config, sources, str(finished.target), "target", None).log
     kept = [TypeAdapter(EvalLog).validate_json(file.read_bytes()) for file in (config.cache_folder / "evaluations").glob("*.json")]
