@@ -35,7 +35,7 @@ def test_values_do_not_depend_on_the_number_of_examiners_or_on_their_deaths(fini
     config = finished.config.decided("gpu")  # which Ray counts, and nobody has
     sources = open_sources(config.data, benchmark=config.benchmark, seed=config.train.seed)
     alone = judge_here(config, sources, str(finished.target), "target", None).log
-    kept = [TypeAdapter(EvalLog).validate_json(file.read_bytes()) for file in (config.cache_folder / "evaluations").glob("*.json")]
+    kept = [TypeAdapter(EvalLog).validate_json(file.read_bytes()) for file in (Path(config.cache_folder) / "evaluations").glob("*.json")]
     assert alone in kept
     started: list[int] = []
     killed: list[int] = []
