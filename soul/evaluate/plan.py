@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +23,7 @@ from soul.evaluate.likelihood import AnswerScore, evaluation_mode, plan_batches,
 from soul.evaluate.settings import EvalSettings
 from soul.records import InputError, Record
 
+STEP_TOKENS = 256  # a step of generation waits for the weights to be read; so many tokens cost as much in one pass
 GENERATED_SPLITS = ("forget", "retain", "real_authors", "world_facts")
 PARAPHRASED_SPLITS = ("forget", "retain")  # the others have no paraphrases: their right answer is the answer itself
 
@@ -47,6 +48,12 @@ class ScoreItem:
     asks: tuple[Ask, ...]
     rows: tuple[TokenRow, ...]
     pad_id: int
+    setting: ClassVar[str] = "evaluate.batch_tokens (--eval-batch-tokens)"
+
+    @property
+    def words(self) -> str:
+        """The batch in an error, without what is in it."""
+        return f"likelihood batch of {len(self.rows)} answer(s), up to {max(len(row.ids) for row in self.rows)} tokens each"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +65,13 @@ class GenerateItem:
     pad_id: int
     eos_ids: tuple[int, ...]
     max_new_tokens: int
+    setting: ClassVar[str] = "evaluate.generation_batch_tokens (--eval-generation-batch-tokens)"
+
+    @property
+    def words(self) -> str:
+        """The batch in an error, without what is in it."""
+        longest = max(map(len, self.prompts)) + self.max_new_tokens
+        return f"generation batch of {len(self.prompts)} prompt(s), up to {longest} tokens each with the answer"
 
 
 WorkItem = ScoreItem | GenerateItem
@@ -149,8 +163,26 @@ def _generation_items(
     return [GenerateItem(tuple(asks[i] for i in batch), tuple(prompts[i] for i in batch), pad_id, eos_ids, cap) for batch in batches]
 
 
+def cost(item: WorkItem) -> int:
+    """About how much work an item is, in tokens of a likelihood pass: the longest should be begun first."""
+    if isinstance(item, ScoreItem):
+        return len(item.rows) * max(len(row.ids) for row in item.rows)
+    return len(item.prompts) * max(map(len, item.prompts)) + item.max_new_tokens * (STEP_TOKENS + len(item.prompts))
+
+
 def run_item(model: PreTrainedModel, item: WorkItem, *, device: torch.device) -> ItemResult:
-    """Do one batch with a model that lies on `device`."""
+    """Do one batch with a model that lies on `device`.
+
+    Raises:
+        InputError: the device's memory does not hold model and batch.
+    """
+    try:
+        return _run(model, item, device)
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"a GPU's memory does not hold the model and a {item.words}. Lower {item.setting}.") from error
+
+
+def _run(model: PreTrainedModel, item: WorkItem, device: torch.device) -> ItemResult:
     if isinstance(item, ScoreItem):
         with evaluation_mode(model):
             scores = score_batch(model, item.rows, pad_id=item.pad_id, device=device)

@@ -1,4 +1,4 @@
-"""Evaluations as Ray tasks: the plan is made here, its fixed work items are shared out, so any number of tasks gives the same metrics."""
+"""Evaluations on Ray: the plan is made here, its fixed items are dealt out to examiners, so any number of them gives the same metrics."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 from pydantic import TypeAdapter
 from transformers import AutoConfig, PreTrainedTokenizerBase
@@ -18,16 +18,17 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from soul.config import Config, EvaluateConfig
 from soul.data.chat import ChatFormat
 from soul.data.sources import fingerprint
-from soul.device import Device, torch_device
 from soul.evaluate.eval_log import EvalLog, finite_columns
 from soul.evaluate.evaluator import Evaluation, finish, positions
 from soul.evaluate.generate import stop_ids_of
-from soul.evaluate.plan import EvalPlan, ItemResult, WorkItem, plan_evaluation, run_item
-from soul.models.load import load_model, load_tokenizer
+from soul.evaluate.plan import EvalPlan, plan_evaluation
+from soul.models.load import load_tokenizer
 from soul.orchestration.data import Sources
+from soul.orchestration.examiners import Exam, examine, shares
+from soul.orchestration.parallel import run_together
 from soul.orchestration.progress import Display
 from soul.rundir import digest, write_atomically, write_json
-from soul.store import local, place_of, pull_file
+from soul.store import place_of, pull_file
 
 _LOG = TypeAdapter(EvalLog)
 NUM_SAMPLES = 10
@@ -41,18 +42,15 @@ class Judged:
     seconds: float
 
 
-@ray.remote
-class Examiner:
-    """A process with one loaded model, which works through items of an evaluation plan."""
+@dataclass(frozen=True)
+class Asked:
+    """One model to judge. The log is kept in `folder` under a hash of `key` (what names the weights), rows and settings."""
 
-    def __init__(self, model: str, revision: str | None, trust_remote_code: bool, precision: str, device: Device) -> None:
-        torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
-        self.device = torch_device(device)
-        dtype = torch.float32 if precision == "fp32" or device == "cpu" else torch.bfloat16
-        self.model = load_model(local(model), dtype=dtype, revision=revision, trust_remote_code=trust_remote_code).eval().to(self.device)
-
-    def run(self, item: WorkItem) -> ItemResult:
-        return run_item(self.model, item, device=self.device)
+    name: str
+    model: str
+    key: str
+    folder: Path
+    samples: Path | None = None
 
 
 def plan_for(config: Config | EvaluateConfig, sources: Sources, model: str, tokenizer: PreTrainedTokenizerBase) -> EvalPlan:
@@ -75,56 +73,54 @@ def plan_for(config: Config | EvaluateConfig, sources: Sources, model: str, toke
 
 @dataclass(frozen=True)
 class Judge:
-    """Evaluates models on one set of rows with one set of settings, and remembers what it has evaluated."""
+    """Evaluates models on one set of rows with one set of settings, and remembers what it has evaluated.
+
+    `config` is decided. `num_examiners`: processes that share a model's items, at most.
+    """
 
     config: Config | EvaluateConfig
     sources: Sources
     display: Display
-    num_tasks: int = 1
+    num_examiners: int = 1
 
     def evaluate(self, name: str, model: str) -> Evaluation:
         """All metrics of one model."""
         given = self.config.model
         tokenizer = load_tokenizer(model, revision=given.revision, trust_remote_code=given.trust_remote_code)
         plan = plan_for(self.config, self.sources, model, tokenizer)
-        results = self._examine(f"evaluate {name}", model, plan.items)
+        stage = f"evaluate {name}"
+        self.display.update(stage, 0, len(plan.items))
+        results = examine(
+            Exam.of(self.config, place_of(model)),
+            plan.items,
+            stage=stage,
+            num_examiners=self.num_examiners,
+            update=lambda done: self.display.update(stage, done, len(plan.items)),
+            say=self.display.say,
+        )
         return finish(plan, results, tokenizer, device=torch.device("cpu"), source=name)
 
-    def _examine(self, stage: str, model: str, items: Sequence[WorkItem]) -> list[ItemResult]:
-        """Share the items out over `num_tasks` examiners."""
-        given = self.config.model
-        decided = self.config if isinstance(self.config, EvaluateConfig) else self.config.engine
-        precision, device = decided.precision, decided.device
-        assert device != "auto"  # the driver has decided
-        # from inside a trial of a grid, too, it finds its place on the cluster: the trial's own group holds none for it
-        actor: Any = Examiner.options(num_cpus=1, num_gpus=1 if device == "gpu" else 0, scheduling_strategy="DEFAULT")  # type: ignore[attr-defined]
-        count = min(self.num_tasks, len(items))
-        examiners = [actor.remote(place_of(model), given.revision, given.trust_remote_code, precision, device) for _ in range(count)]
-        try:
-            waiting = [examiners[i % count].run.remote(item) for i, item in enumerate(items)]
-            results: list[ItemResult] = []
-            while waiting:
-                self.display.update(stage, len(results), len(items))
-                done, waiting = ray.wait(waiting, num_returns=1)
-                results += ray.get(done)
-            self.display.update(stage, len(items), len(items))
-            return results
-        finally:
-            for examiner in examiners:
-                ray.kill(examiner)
-
-    def judge(self, name: str, model: str, *, key: str, folder: Path, samples: Path | None = None) -> Judged:
-        """As `evaluate`; the log is kept in `folder` under a hash of `key` (what names the weights), rows and settings."""
+    def kept(self, asked: Asked) -> Path:
+        """Where the evaluation is kept, which may be there already."""
         rows = {split: fingerprint(records) for split, records in self.sources.evaluated.items()}
         form = [self.config.data.chat, self.config.data.max_length]
-        kept = folder / f"{digest([key, rows, self.config.evaluate.model_dump(), form], length=20)}.json"
-        if pull_file(kept) and (samples is None or samples.is_file()):
-            self.display.say(f"evaluation of {name}: made before")
+        computed = [str(Exam.of(self.config, asked.model).dtype), self.config.model.revision]
+        return asked.folder / f"{digest([asked.key, rows, self.config.evaluate.model_dump(), form, computed], length=20)}.json"
+
+    def has_judged(self, asked: Asked) -> bool:
+        """Whether it need not be made again."""
+        return pull_file(self.kept(asked)) and (asked.samples is None or asked.samples.is_file())
+
+    def judge(self, asked: Asked) -> Judged:
+        """As `evaluate`, unless it has been made before."""
+        kept = self.kept(asked)
+        if self.has_judged(asked):
+            self.display.say(f"evaluation of {asked.name}: made before")
             return Judged(_LOG.validate_json(kept.read_bytes()), 0.0)
         started = time.perf_counter()
-        evaluation = self.evaluate(name, model)
-        if samples is not None:
-            self.write_samples(evaluation, samples)
+        evaluation = self.evaluate(asked.name, asked.model)
+        if asked.samples is not None:
+            self.write_samples(evaluation, asked.samples)
         finite = {split: finite_columns(log) for split, log in evaluation.log.splits.items()}
         write_json(kept, dataclasses.asdict(dataclasses.replace(evaluation.log, splits=finite)))
         return Judged(evaluation.log, time.perf_counter() - started)
@@ -137,3 +133,14 @@ class Judge:
             for record, generated in zip(self.sources.evaluated[split][:NUM_SAMPLES], evaluation.generations.get(split, ()), strict=False)
         ]
         write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def judge_together(asked: Sequence[tuple[Judge, Asked]], *, room: int) -> list[Judged]:
+    """All of them, sharing the cluster out: those that are still to make have no more examiners together than there is room for."""
+    new = [place for place, (judge, model) in enumerate(asked) if not judge.has_judged(model)]
+    wanted = max((judge.num_examiners for judge, _ in asked), default=1)
+    given = dict(zip(new, shares(len(new), wanted=wanted, room=room), strict=True))
+    calls = [
+        partial(dataclasses.replace(judge, num_examiners=given.get(place, 1)).judge, model) for place, (judge, model) in enumerate(asked)
+    ]
+    return run_together(calls, slots=room)

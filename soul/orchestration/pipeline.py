@@ -6,7 +6,7 @@ Every stage leaves a marker; running the same command again continues where the 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from soul.orchestration.checks import check_local_workers, check_model, check_ru
 from soul.orchestration.claim import check_claim, claim, decided_run, is_done, mark_done, run_dir
 from soul.orchestration.cluster import cluster
 from soul.orchestration.data import Sources, cache_of, open_sources, trained_splits
-from soul.orchestration.evaluate import Judge, Judged, plan_for
+from soul.orchestration.evaluate import Asked, Judge, judge_together, plan_for
 from soul.orchestration.gold import given_standard
 from soul.orchestration.outcome import write_logs, write_outcome
 from soul.orchestration.parallel import run_together
@@ -88,8 +88,9 @@ def _work(config: Config, arms: Sequence[Config], sources: Sources, start: str, 
         if isinstance(given, Prepared):
             prepared["retrained"] = given
         trained = run_together([partial(unlearn, arm, prepared["target"], stores, display) for arm in arms], slots=slots)
-        judge = Judge(config, sources, display)
-        judged = run_together([*_judge_prepared(judge, config, prepared), *_judge_arms(judge, arms)], slots=room_for(1, device))
+        judge = Judge(config, sources, display, num_examiners=engine.num_workers)
+        asked = [*_asked_of_prepared(config, prepared), *_asked_of_arms(arms)]
+        judged = judge_together([(judge, model) for model in asked], room=room_for(1, device))
     standards, unlearned = judged[: len(prepared)], judged[len(prepared) :]
     made = dict(zip(prepared, standards, strict=True)).get("retrained")
     retrained = made.log if made is not None else given if isinstance(given, EvalLog) else None
@@ -119,20 +120,19 @@ def show(results: Sequence[Results]) -> None:
     Console(width=None if sys.stdout.isatty() else 110).print(terminal_table(results))
 
 
-def _judge_prepared(judge: Judge, config: Config, prepared: Mapping[str, Prepared]) -> list[Callable[[], Judged]]:
+def _asked_of_prepared(config: Config, prepared: Mapping[str, Prepared]) -> list[Asked]:
     folder = cache_of(config) / "evaluations"
-    return [partial(judge.judge, kind, model.path, key=model.key, folder=folder) for kind, model in prepared.items()]
+    return [Asked(kind, model.path, model.key, folder) for kind, model in prepared.items()]
 
 
-def _judge_arms(judge: Judge, arms: Sequence[Config]) -> list[Callable[[], Judged]]:
-    calls: list[Callable[[], Judged]] = []
+def _asked_of_arms(arms: Sequence[Config]) -> list[Asked]:
+    asked: list[Asked] = []
     for arm in arms:
         run = run_dir(arm)
         name = f"{TITLES[arm.method.name]} with {arm.optimizer.name}"
         samples = run.path / "samples.jsonl" if arm.samples else None
-        key = recorded_sha256(run.model)
-        calls.append(partial(judge.judge, name, str(run.model), key=key, folder=run.path / ".stages", samples=samples))
-    return calls
+        asked.append(Asked(name, str(run.model), recorded_sha256(run.model), run.path / ".stages", samples))
+    return asked
 
 
 def resume(folder: Path) -> Path:
@@ -161,7 +161,7 @@ def evaluate_folder(config: EvaluateConfig) -> Path:
     run.create()
     display = Display(enabled=config.progress)
     with cluster(config.address, num_workers=config.num_workers, device=config.device, verbose=config.verbose) as device, display.live():
-        judge = Judge(config.decided(device), sources, display, num_tasks=config.num_workers)
+        judge = Judge(config.decided(device), sources, display, num_examiners=config.num_workers)
         judged = judge.evaluate("the model", model)
         if config.samples:
             judge.write_samples(judged, run.path / "samples.jsonl")

@@ -6,7 +6,7 @@ would need a CPU beside its own. Reference log-probabilities are the exception: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Literal
 from soul.config import Config, DataConfig
 from soul.evaluate.eval_log import EvalLog
 from soul.orchestration.data import Sources, cache_of, open_sources, trained_splits
-from soul.orchestration.evaluate import Judge, Judged
+from soul.orchestration.evaluate import Asked, Judge, Judged, judge_together
 from soul.orchestration.gold import given_standard
 from soul.orchestration.parallel import run_together
 from soul.orchestration.prepare import WORLD_SETS, Prepared, given_model, prepared_model, starting_model
@@ -73,12 +73,17 @@ def retrained_of(config: Config, shared: Shared, display: Display) -> Prepared |
 
 def judge_shared(config: Config, shared: Shared, display: Display) -> tuple[Judged, EvalLog | None]:
     """Target and retrained model, evaluated on the run's rows."""
-    judge, folder = Judge(config, shared.sources, display), cache_of(config) / "evaluations"
+    asked, retrained = _asked(config, shared, display), standard(config)
+    judged = [judge.judge(model) for judge, model in asked]
+    return judged[0], judged[1].log if len(judged) > 1 else retrained if isinstance(retrained, EvalLog) else None
+
+
+def _asked(config: Config, shared: Shared, display: Display) -> list[tuple[Judge, Asked]]:
+    """The target, and the retrained model where it is one, with who judges them."""
+    judge = Judge(config, shared.sources, display, num_examiners=config.engine.num_workers)
     target, retrained = target_of(config, shared, display), retrained_of(config, shared, display)
-    judged = judge.judge("target", target.path, key=target.key, folder=folder)
-    if isinstance(retrained, Prepared):
-        return judged, judge.judge("retrained", retrained.path, key=retrained.key, folder=folder).log
-    return judged, retrained
+    models = {"target": target} | ({"retrained": retrained} if isinstance(retrained, Prepared) else {})
+    return [(judge, Asked(kind, model.path, model.key, cache_of(config) / "evaluations")) for kind, model in models.items()]
 
 
 def make_shared(configs: Sequence[Config], display: Display, *, slots: int) -> list[Shared]:
@@ -87,6 +92,5 @@ def make_shared(configs: Sequence[Config], display: Display, *, slots: int) -> l
     firsts = {config.model.model_dump_json(): (config, view) for config, view in reversed(list(zip(configs, views, strict=True)))}
     models = [partial(model_of, config, kind, view, display) for config, view in firsts.values() for kind in kinds_of(config)]
     run_together(models, slots=slots)
-    judged: list[Callable[[], object]] = [partial(judge_shared, config, view, display) for config, view in firsts.values()]
-    run_together(judged, slots=slots)
+    judge_together([asked for config, view in firsts.values() for asked in _asked(config, view, display)], room=slots)
     return views

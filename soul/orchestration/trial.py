@@ -20,14 +20,14 @@ from ray import tune
 from soul.benchmarks.objective import cheap_objective
 from soul.benchmarks.outcomes import FAILED, MARK_KEY, STOPPED
 from soul.config import Config
-from soul.device import torch_device
 from soul.evaluate.evaluator import finish
 from soul.evaluate.plan import run_item
-from soul.models.load import load_model, load_tokenizer
+from soul.models.load import load_tokenizer
 from soul.orchestration.arm import unlearn
 from soul.orchestration.claim import decided_run, is_done, mark_done, run_dir
 from soul.orchestration.data import Sources
-from soul.orchestration.evaluate import Judge, Judged, plan_for
+from soul.orchestration.evaluate import Asked, Judge, Judged, plan_for
+from soul.orchestration.examiners import Exam
 from soul.orchestration.outcome import write_outcome
 from soul.orchestration.prepare import Prepared, given_model
 from soul.orchestration.progress import Display
@@ -157,21 +157,19 @@ _SHOWN = ("rougeL_recall", "probability", "exact_memorization")
 
 def _judge(config: Config, shared: Shared, run: RunDir, display: Display, *, isolated: bool) -> Judged:
     name = f"{config.method.name} with {config.optimizer.name}"
-    judge, samples = Judge(config, shared.sources, display), run.path / "samples.jsonl" if config.samples else None
+    samples = run.path / "samples.jsonl" if config.samples else None
     if isolated:
-        key = given_model(str(run.model)).key
-        return judge.judge(name, str(run.model), key=key, folder=run.path / ".stages", samples=samples)
+        judge = Judge(config, shared.sources, display, num_examiners=config.engine.num_workers)
+        return judge.judge(Asked(name, str(run.model), given_model(str(run.model)).key, run.path / ".stages", samples))
     return judge_here(config, shared.sources, str(run.model), name, samples)
 
 
 def judge_here(config: Config, sources: Sources, model: str, name: str, samples: Path | None) -> Judged:
     """As `Judge.judge`, in this process: the plan's batches are fixed, so the values are the same bit for bit."""
     started = time.perf_counter()
-    device = torch_device(config.engine.runs_on)
     tokenizer = load_tokenizer(model, revision=None, trust_remote_code=config.model.trust_remote_code)
     plan = plan_for(config, sources, model, tokenizer)
-    dtype = torch.float32 if config.engine.precision == "fp32" or config.engine.device == "cpu" else torch.bfloat16
-    loaded = load_model(model, dtype=dtype, trust_remote_code=config.model.trust_remote_code).eval().to(device)
+    loaded, device = Exam.of(config, model).load()
     evaluation = finish(
         plan, [run_item(loaded, item, device=device) for item in plan.items], tokenizer, device=torch.device("cpu"), source=name
     )

@@ -19,7 +19,7 @@ from soul.evaluate.evaluator import Evaluation, cheap_metrics, evaluate_model, f
 from soul.evaluate.generate import decode, stop_ids
 from soul.evaluate.likelihood import score_answers
 from soul.evaluate.logs import read_log
-from soul.evaluate.plan import EvalPlan, ScoreItem, plan_evaluation, run_item
+from soul.evaluate.plan import EvalPlan, ScoreItem, cost, plan_evaluation, run_item
 from soul.evaluate.rouge import rouge_recalls
 from soul.evaluate.score import score
 from soul.evaluate.settings import EvalSettings
@@ -66,6 +66,20 @@ def test_a_row_that_is_too_long_is_an_error_unless_it_may_be_cut(
     whole = {position: len(ids) for position, (ids, _) in enumerate(pairs)}
     assert whole[0] > 160
     assert lengths == {i: min(120, length) for i, length in whole.items()}
+
+
+def test_a_full_gpu_says_what_to_lower(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model, "forward", full)
+    items = sorted(make_plan(model, tokenizer, splits).items, key=cost, reverse=True)
+    assert items[0].setting != items[-1].setting, "generation, which takes longest, is begun first"
+    for item, flag in ((items[0], "--eval-generation-batch-tokens"), (items[-1], "--eval-batch-tokens")):
+        with pytest.raises(InputError, match=rf"memory does not hold .* batch of \d+ .*Lower .*\({flag}\)\.$"):
+            run_item(model, item, device=CPU)
 
 
 def average(values: list[float]) -> float:

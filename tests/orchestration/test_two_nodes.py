@@ -16,10 +16,6 @@ import pytest
 from soul.cli import DONE
 from soul.object_store import read_bytes
 from soul.orchestration import pipeline
-from soul.orchestration.data import open_sources
-from soul.orchestration.evaluate import Judge
-from soul.orchestration.progress import Display
-from soul.orchestration.trial import judge_here
 from soul.store import COPIES_VARIABLE, local
 from tests.orchestration.mini import Finished, fingerprint, mini, start
 
@@ -79,11 +75,3 @@ def test_a_run_spreads_over_nodes_without_a_common_disk(
     assert fingerprint(Path(local(f"{uri}/model"))) == fingerprint(beside / "model")
     for folder in copies:  # each has fetched what it worked on, and nobody looked into another's
         assert list(folder.rglob("store.json")) and list(folder.rglob("*.safetensors")), folder
-
-
-def test_any_number_of_examiners_measures_what_one_process_does(finished: Finished) -> None:
-    config = finished.config
-    sources = open_sources(config.data, benchmark=config.benchmark, seed=config.train.seed)
-    alone = judge_here(config, sources, str(finished.target), "the target", None)
-    together = Judge(config, sources, Display(enabled=False), num_tasks=3).evaluate("the target", str(finished.target))
-    assert together.log == alone.log
