@@ -13,15 +13,17 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 
+from soul.batch import collate
 from soul.config import Config
 from soul.models.load import load_model
-from soul.models.scoring import answer_logits
+from soul.models.scoring import answer_logits, answer_logps
 from soul.records import InputError
 from soul.train.engine import EngineConfig
 from soul.train.engines import make_engine
 from soul.train.lora import add_adapters
+from soul.train.reference import score_rows
 from tests.distributed import spawn
-from tests.train.engine_runs import CLIP, CONFIGS, full_state, largest_difference, resumed_run, straight_run, tiny_llama
+from tests.train.engine_runs import CLIP, CONFIGS, full_state, largest_difference, ragged_stores, resumed_run, straight_run, tiny_llama
 from tests.train.test_engines import probe_batch, tokenizer
 from tests.train.test_families import FAMILIES, family, ragged_batch
 
@@ -56,6 +58,7 @@ def two_ranks(rank: int, world: int, folder: str) -> dict[str, Any]:
     for name in ENGINES:
         engine = engine_of(name, rank, world)
         results[name] = straight_run(engine, OPTIMIZER, Path(folder) / name)
+        results[name]["reference"] = score_rows(engine, ragged_stores()["forget"], "forget").tolist()
         engine.export(Path(folder) / f"export-{name}", tokenizer=tokenizer())
     return results
 
@@ -113,6 +116,14 @@ def test_two_ranks_equal_single(name: str, runs: dict[str, Any], oracle: dict[st
     for part in ("param/", "exp_avg/", "exp_avg_sq/"):
         scale = max(float(value.abs().max()) for key, value in other.items() if key.startswith(part))
         assert largest_difference(one, other, part) <= 5e-6 * scale, part
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_the_reference_is_the_model_without_its_trained_adapters(name: str, runs: dict[str, Any]) -> None:
+    model, rows = tiny_llama(torch.float32), ragged_stores()["forget"].rows()
+    with torch.no_grad():
+        expected = [float(answer_logps(model, collate([("forget", row)], pad_id=0)).sum_B()) for row in rows]
+    assert runs[name]["reference"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["single", *ENGINES])
