@@ -17,15 +17,16 @@ from soul.batch import collate
 from soul.config import Config
 from soul.models.load import load_model
 from soul.models.scoring import answer_logits, answer_logps
+from soul.models.stored import in_memory, stored_model
 from soul.records import InputError
 from soul.train.engine import EngineConfig
 from soul.train.engines import make_engine
-from soul.train.lora import add_adapters
+from soul.train.lora import add_adapters, add_stored_adapters
 from soul.train.reference import score_rows
 from tests.distributed import spawn
 from tests.train.engine_runs import CLIP, CONFIGS, full_state, largest_difference, ragged_stores, resumed_run, straight_run, tiny_llama
 from tests.train.test_engines import probe_batch, tokenizer
-from tests.train.test_families import FAMILIES, family, ragged_batch
+from tests.train.test_families import FAMILIES, assert_same_ties, family, ragged_batch
 
 pytest.importorskip("peft")
 OPTIMIZER, LINEARS, RANK = "smooth sophia", 7 * 3, 2
@@ -92,6 +93,24 @@ def test_adapters_of_every_family_are_nothing_at_first_and_cover_the_blocks(name
         torch.testing.assert_close(answer_logits(model, batch), expected)
     names = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
     assert names and all(".lora_" in key for key in names)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_adapters_of_a_stored_model_are_those_of_the_loaded_one(name: str, tmp_path: Path) -> None:
+    family(name).save_pretrained(tmp_path)  # type: ignore[operator]
+    stored, state = stored_model(str(tmp_path)), torch.get_rng_state()
+    if stored is None:
+        pytest.skip("transformers converts its weights")
+    found = add_stored_adapters(stored, RANK, seed=3)
+    assert torch.equal(torch.get_rng_state(), state) and all(parameter.is_meta for parameter in found.skeleton.parameters())
+    loaded = add_adapters(load_model(str(tmp_path)), RANK, seed=3)
+    assert list(found.weights) == [key for key, _ in loaded.named_parameters()] and len(found.weights) == len(list(found.weights))
+    model = in_memory(found)
+    assert_same_ties(model, loaded)
+    for (key, one), (other_key, other) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
+        assert key == other_key and torch.equal(one, other) and one.requires_grad == other.requires_grad, key
+    with torch.no_grad():
+        assert torch.equal(answer_logits(model, ragged_batch()), answer_logits(loaded, ragged_batch()))
 
 
 def test_only_adapters_are_trained(oracle: dict[str, Any]) -> None:
