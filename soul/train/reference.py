@@ -36,9 +36,11 @@ class NonFiniteReference(ArithmeticError):
 def reference_path(cache: Path, *, model_key: str, revision: str | None, trust_remote_code: bool, rows: str, engine: EngineConfig) -> Path:
     """Where the numbers of these rows under this model belong: named by everything that changes a bit of them.
 
-    In bf16 each kind of engine rounds in other places (autocast, FSDP2's policy, ZeRO's bf16 weights); in fp32 and pure_bf16 all agree.
+    In fp32 and pure_bf16 all engines agree at any number of ranks; in bf16 autocast rounds in other places than bf16 weights do.
     """
-    rounding = engine.name if engine.computes_in == "bf16" else None
+    rounding = None
+    if engine.computes_in == "bf16":
+        rounding = "autocast" if engine.name in ("single", "ddp") else engine.name
     facts = [model_key, revision, trust_remote_code, rows, ROWS_PER_BATCH, engine.runs_on, engine.computes_in, rounding]
     return cache / "reference" / f"{digest(facts, length=20)}.npy"
 

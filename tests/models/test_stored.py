@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -55,7 +56,58 @@ def test_files_that_do_not_match_are_left_to_the_loader(tmp_path: Path) -> None:
     LlamaForCausalLM(LlamaConfig(**GROUPED)).save_pretrained(tmp_path)
     LlamaConfig(**{**GROUPED, "intermediate_size": 40}).save_pretrained(tmp_path)
     assert stored_model(str(tmp_path)) is None
+    LlamaConfig(**GROUPED).save_pretrained(tmp_path)
+    assert stored_model(str(tmp_path)) is not None
+    (tmp_path / "adapter_config.json").write_text("{}")  # transformers would add the adapters
+    assert stored_model(str(tmp_path)) is None
+    (tmp_path / "adapter_config.json").unlink()
     (tmp_path / "model.safetensors").rename(tmp_path / "weights.safetensors")
     assert stored_model(str(tmp_path)) is None
     with pytest.raises(InputError, match="does not exist"):
         stored_model(str(tmp_path / "nowhere"))
+
+
+def test_one_file_goes_before_an_index_as_in_the_loader(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(LlamaConfig(**GROUPED)).save_pretrained(tmp_path, max_shard_size="20KB" if seed == 1 else "5GB")
+        if seed == 1:
+            kept = {path: path.read_bytes() for path in tmp_path.glob("model*")}
+    for path, data in kept.items():
+        path.write_bytes(data)
+    stored, loaded = stored_model(str(tmp_path)), load_model(str(tmp_path))
+    assert isinstance(stored, StoredModel) and (tmp_path / "model.safetensors.index.json").exists()
+    assert all(torch.equal(stored.weights[key], parameter) for key, parameter in loaded.named_parameters())
+    (tmp_path / "model.safetensors").unlink()
+    next(tmp_path.glob("model-*.safetensors")).unlink()
+    assert stored_model(str(tmp_path)) is None  # for the loader to complain of
+
+
+def test_ties_that_the_files_contradict_are_left_to_the_loader(tmp_path: Path) -> None:
+    LlamaForCausalLM(LlamaConfig(**GROUPED, tie_word_embeddings=True)).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    head = weights["model.embed_tokens.weight"].clone()
+    save_file(weights | {"lm_head.weight": head}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert stored_model(str(tmp_path)) is not None
+    save_file(weights | {"lm_head.weight": head + 1}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert stored_model(str(tmp_path)) is None
+
+
+def test_a_file_that_is_cut_short_is_bad_input(tmp_path: Path) -> None:
+    LlamaForCausalLM(LlamaConfig(**GROUPED)).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match="no causal language model could be loaded from"):
+        stored_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_weights_are_read_to_where_and_as_what_they_are_wanted(dtype: torch.dtype | None, tmp_path: Path) -> None:
+    LlamaForCausalLM(LlamaConfig(**GROUPED, tie_word_embeddings=True)).save_pretrained(tmp_path)
+    stored, loaded = stored_model(str(tmp_path)), load_model(str(tmp_path))
+    assert isinstance(stored, StoredModel)
+    model = in_memory(stored, device="cpu", dtype=dtype)
+    assert_same_ties(model, loaded)
+    for key, parameter in loaded.named_parameters():
+        found = model.get_parameter(key)
+        assert torch.equal(found, parameter.to(dtype or torch.float32)) and found.dtype == (dtype or torch.float32), key

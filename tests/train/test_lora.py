@@ -13,17 +13,20 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 
+from soul.batch import collate
 from soul.config import Config
 from soul.models.load import load_model
-from soul.models.scoring import answer_logits
+from soul.models.scoring import answer_logits, answer_logps
+from soul.models.stored import in_memory, stored_model
 from soul.records import InputError
 from soul.train.engine import EngineConfig
 from soul.train.engines import make_engine
-from soul.train.lora import add_adapters
+from soul.train.lora import add_adapters, add_stored_adapters
+from soul.train.reference import score_rows
 from tests.distributed import spawn
-from tests.train.engine_runs import CLIP, CONFIGS, full_state, largest_difference, resumed_run, straight_run, tiny_llama
+from tests.train.engine_runs import CLIP, CONFIGS, full_state, largest_difference, ragged_stores, resumed_run, straight_run, tiny_llama
 from tests.train.test_engines import probe_batch, tokenizer
-from tests.train.test_families import FAMILIES, family, ragged_batch
+from tests.train.test_families import FAMILIES, assert_same_ties, family, ragged_batch
 
 pytest.importorskip("peft")
 OPTIMIZER, LINEARS, RANK = "smooth sophia", 7 * 3, 2
@@ -56,6 +59,7 @@ def two_ranks(rank: int, world: int, folder: str) -> dict[str, Any]:
     for name in ENGINES:
         engine = engine_of(name, rank, world)
         results[name] = straight_run(engine, OPTIMIZER, Path(folder) / name)
+        results[name]["reference"] = score_rows(engine, ragged_stores()["forget"], "forget").tolist()
         engine.export(Path(folder) / f"export-{name}", tokenizer=tokenizer())
     return results
 
@@ -91,6 +95,24 @@ def test_adapters_of_every_family_are_nothing_at_first_and_cover_the_blocks(name
     assert names and all(".lora_" in key for key in names)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_adapters_of_a_stored_model_are_those_of_the_loaded_one(name: str, tmp_path: Path) -> None:
+    family(name).save_pretrained(tmp_path)  # type: ignore[operator]
+    stored, state = stored_model(str(tmp_path)), torch.get_rng_state()
+    if stored is None:
+        pytest.skip("transformers converts its weights")
+    found = add_stored_adapters(stored, RANK, seed=3)
+    assert torch.equal(torch.get_rng_state(), state) and all(parameter.is_meta for parameter in found.skeleton.parameters())
+    loaded = add_adapters(load_model(str(tmp_path)), RANK, seed=3)
+    assert list(found.weights) == [key for key, _ in loaded.named_parameters()] and len(found.weights) == len(list(found.weights))
+    model = in_memory(found)
+    assert_same_ties(model, loaded)
+    for (key, one), (other_key, other) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
+        assert key == other_key and torch.equal(one, other) and one.requires_grad == other.requires_grad, key
+    with torch.no_grad():
+        assert torch.equal(answer_logits(model, ragged_batch()), answer_logits(loaded, ragged_batch()))
+
+
 def test_only_adapters_are_trained(oracle: dict[str, Any]) -> None:
     start = dict(adapted().named_parameters())
     moved = {key for key, value in start.items() if not torch.equal(oracle["state"][f"param/{key}"], value)}
@@ -113,6 +135,14 @@ def test_two_ranks_equal_single(name: str, runs: dict[str, Any], oracle: dict[st
     for part in ("param/", "exp_avg/", "exp_avg_sq/"):
         scale = max(float(value.abs().max()) for key, value in other.items() if key.startswith(part))
         assert largest_difference(one, other, part) <= 5e-6 * scale, part
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_the_reference_is_the_model_without_its_trained_adapters(name: str, runs: dict[str, Any]) -> None:
+    model, rows = tiny_llama(torch.float32), ragged_stores()["forget"].rows()
+    with torch.no_grad():
+        expected = [float(answer_logps(model, collate([("forget", row)], pad_id=0)).sum_B()) for row in rows]
+    assert runs[name]["reference"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["single", *ENGINES])
