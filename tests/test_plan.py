@@ -100,7 +100,7 @@ def test_checkpoints_are_counted_as_the_job_saves_them(train: dict[str, Any], ch
 )
 def test_bytes_are_those_of_the_checkpoints(train: dict[str, Any], written: int, at_once: int) -> None:
     """By the clock there may be any number, so that as many as are kept are at the disk's fullest, and one that is being written."""
-    config = Config.model_validate({"train": train, "model": {"export_dtype": "bf16"}})
+    config = Config.model_validate({"train": train, "model": {"export_dtype": "bf16"}}).decided("cpu")
     made = plan_run(config, num_forget=40, num_retain=360, shape=SEVEN_B, max_length=128)
     one, model = 12 * SEVEN_B.num_params, 2 * SEVEN_B.num_params
     assert made.checkpoint_bytes == one
@@ -305,7 +305,7 @@ def test_a_full_disk_is_told_before_the_run(tmp_path: Path, monkeypatch: pytest.
 
 def test_the_disk_of_a_store_s_copies_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOUL_STORE_COPIES", str(tmp_path / "copies"))
-    config = Config.model_validate({"output": "s3://bucket/run"})
+    config = Config.model_validate({"output": "s3://bucket/run"}).decided("cpu")
     made = plan_run(config, num_forget=40, num_retain=360, shape=SEVEN_B, max_length=128)
     usage, asked = namedtuple("usage", "total used free"), []
     room = 16 * SEVEN_B.num_params  # a checkpoint and the model, both on their way

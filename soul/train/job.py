@@ -110,10 +110,7 @@ def run_job(
     total = job.train.total_steps(plan.steps_per_epoch)
 
     moved = MovedWeights(engine)
-    progress = Progress()
-    if resume_from is not None:
-        extra = engine.load(resume_from)
-        progress = Progress(**extra)
+    progress = Progress() if resume_from is None else Progress(**engine.load(resume_from))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     assert isinstance(pad_id, int)  # the tokenising stage has checked that there is an EOS
     log = _StepLog(Path(job.run_dir) / "metrics.jsonl", keep=progress.step) if engine.rank == 0 else None

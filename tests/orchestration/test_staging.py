@@ -26,14 +26,16 @@ SHAPE = TinyConfig(hidden_size=16, intermediate_size=24, num_layers=1, num_heads
 @pytest.fixture(scope="module")
 def engine() -> SingleEngine:
     optimizer = SophiaConfig()
-    made = SingleEngine(EngineConfig())
+    made = SingleEngine(EngineConfig().decided("cpu"))
     made.prepare(lambda: tiny_model(SHAPE, tiny_tokenizer(["a b c"], 300), seed=1), lambda model: optimizer.build(model.named_parameters()))
     return made
 
 
 def job(run_dir: str, **train: Any) -> TrainJob:
     made = TrainConfig(**train)
-    return TrainJob("start", f"{run_dir}/model", run_dir, NPO(), SophiaConfig(), made, EngineConfig(), {}, export_dtype="bfloat16")
+    return TrainJob(
+        "start", f"{run_dir}/model", run_dir, NPO(), SophiaConfig(), made, EngineConfig().decided("cpu"), {}, export_dtype="bfloat16"
+    )
 
 
 @pytest.mark.parametrize(

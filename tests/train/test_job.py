@@ -183,7 +183,7 @@ class Second(SingleEngine):
 def test_only_the_first_ranks_clock_counts(late: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Second, "first_is_late", late)
     job, saved = job_in(folder, tmp_path, max_steps=3, eval_every=0, save_minutes=None if late else 1e-9), []
-    run_job(job, Second(job.engine), resume_from=None, save_checkpoint=lambda engine, progress: saved.append(progress.step))
+    run_job(job, Second(job.engine.decided("cpu")), resume_from=None, save_checkpoint=lambda engine, progress: saved.append(progress.step))
     assert saved == ([1, 2] if late else [])
 
 
