@@ -7,6 +7,7 @@ runs compared for h cut a step alike: two forget rows per micro-batch over all r
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from soul.batch import collate
+from soul.models.hashes import RECORD
 from soul.models.load import load_model
 from soul.models.scoring import answer_logits
 from soul.models.tiny import tiny_tokenizer
@@ -50,7 +52,10 @@ def tokenizer() -> Any:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir()) if path.name != RECORD}
+    record = json.loads((folder / RECORD).read_text())
+    assert {name: sha256 for name, (_, sha256) in record.items()} == found  # whichever engine wrote it
+    return found
 
 
 def probe_batch() -> Any:
