@@ -228,6 +228,7 @@ class Config(_Section):
         if self.model.path is None and self.prepare.epochs is None and max_steps is None:
             max_steps = max(FROM_SCRATCH_STEPS, FROM_SCRATCH_PASSES * -(-num_rows // chosen.batch_size))
         return TrainConfig(
+            save_minutes=self.train.save_minutes,
             epochs=chosen.epochs,
             max_steps=max_steps,
             batch_size=chosen.batch_size,

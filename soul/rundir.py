@@ -2,7 +2,8 @@
 
     config.json  manifest.json  metrics.jsonl  results.json  report.html  report.md  model/  checkpoints/  logs/  .stages/
 
-Files appear whole or not at all. A stage's marker is written last: a finished stage is not repeated, an unfinished one resumes.
+checkpoints/ is there until the model is. Files appear whole or not at all. A stage's marker is written last: a finished stage is not
+repeated, an unfinished one resumes.
 """
 
 from __future__ import annotations

@@ -12,13 +12,16 @@ import pytest
 from ray.train import TrainingFailedError
 
 from soul.config import Config
+from soul.orchestration.arm import unlearn
 from soul.orchestration.claim import check_claim, claim, decided_run, is_done
+from soul.orchestration.prepare import Prepared
+from soul.orchestration.progress import Display
 from soul.orchestration.train import fit
 from soul.records import InputError
 from soul.rundir import RunDir, digest, write_json
 from soul.train.engine import EngineConfig
 from soul.train.engines import make_engine
-from soul.train.job import TrainJob, run_job
+from soul.train.job import JobResult, TrainJob, run_job
 from tests.orchestration.mini import STEPS, TRAIN, Finished, on_gpus
 from tests.orchestration.test_faults import children
 
@@ -108,6 +111,26 @@ def test_resuming_may_move_a_run(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"its engine settings differ\. --resume continues it on this engine"):
         check_claim(config(tmp_path, engine={"name": "deepspeed", "zero_stage": 1}))
     check_claim(config(tmp_path, engine={"name": "deepspeed", "zero_stage": 1}, resume=True))
+
+
+def test_a_run_that_is_continued_may_be_saved_at_other_times(tmp_path: Path) -> None:
+    """By another command, and by another version, which saved after every epoch: it goes on from the checkpoints that there are."""
+    often = {"save_minutes": None, "save_steps": 7, "save_every": 3, "keep_checkpoints": 5}
+    claim(config(tmp_path))
+    RunDir(tmp_path / "run").finish("tokens", "key", {})
+    check_claim(config(tmp_path, train=often))
+    with pytest.raises(InputError, match="its train settings differ"):
+        check_claim(config(tmp_path, train={**often, "eval_every": 2}))
+    names: list[str] = []
+
+    def fit_nothing(job: TrainJob, *, name: str, **_: object) -> JobResult:
+        names.append(name)
+        return JobResult(job.train.epochs, 0, 0.0, 0, 0, [])
+
+    for i, train in enumerate(({}, often, {"epochs": 4})):
+        arm = config(tmp_path / str(i), train=train, method="ga").decided("cpu")
+        unlearn(arm, Prepared("m", "k"), {"forget": Path("f"), "retain": Path("r")}, Display(enabled=False), fit=fit_nothing)
+    assert names[0] == names[1] != names[2]
 
 
 @pytest.mark.parametrize("values", [{"engine": {"precision": "bf16"}}, {"train": {"seed": 1}}, {"engine": {"max_grad_norm": None}}])
