@@ -34,8 +34,17 @@ def check_claim(config: Config) -> None:
     """
     check_output(config.output)
     check_writable(config.output)
+    attach(run_dir(config).path, keep=True)
+    check_unclaimed(config)
+
+
+def check_unclaimed(config: Config) -> None:
+    """The part of `check_claim` that reads this machine's copy alone.
+
+    Raises:
+        InputError: the run directory is another run's, or holds no run to --resume.
+    """
     folder = run_dir(config)
-    attach(folder.path, keep=True)
     if not folder.config.is_file():
         if config.resume:
             raise InputError(f"--resume: {config.output} holds no run to continue. Remove --resume, or correct --output.")
