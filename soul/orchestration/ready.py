@@ -71,7 +71,7 @@ def _check_inputs(config: Config, unseen: Unseen) -> list[str]:
     """Model, gold standard and rows, each by itself, then together."""
     model, standard = config.model.path, config.model.retrained
     data = config.data
-    files = [data.source] if config.benchmark != "own" else [data.forget, data.retain, data.holdout]
+    files: list[str | None] = [data.source] if config.benchmark != "own" else [data.forget, data.retain, data.holdout]
     given: dict[str, list[str | None]] = {"model": [model], "gold standard": [standard], "rows": files}
     hidden = {
         kind: [f"{kind} {name}: {why}" for name in names if name not in (None, FICTITIOUS) and (why := unseen(str(name))) is not None]
