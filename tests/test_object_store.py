@@ -328,9 +328,9 @@ def test_a_file_that_the_store_does_not_take_is_told_and_its_folder_is_not_whole
     status: int, says: str, bucket: str, s3_store: Store
 ) -> None:
     folder = write(path_of(f"{bucket}/folder"), FILES)
-    with s3_store.failing(lambda request: status if request.startswith("PUT") and "a.bin" in request else None):
-        with pytest.raises(OSError, match=says):
-            publish(folder)
+    fault = lambda request: status if request.startswith("PUT") and "a.bin" in request else None  # noqa: E731
+    with s3_store.failing(fault), pytest.raises(OSError, match=says):
+        publish(folder)
     assert not holds(folder) and "config.json" in (find(f"{bucket}/folder") or {})
 
 

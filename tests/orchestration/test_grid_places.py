@@ -36,7 +36,7 @@ from tests.train.test_job import folder, job_in
 
 __all__ = ["folder"]  # the fixture: a model and token stores of a few rows
 
-FLAGS = "grid --methods npo --optimizers adamw --models tiny-s --prepare-max-steps 5".split()
+FLAGS = ["grid", "--methods", "npo", "--optimizers", "adamw", "--models", "tiny-s", "--prepare-max-steps", "5"]
 
 
 def test_a_trial_is_told_uris_and_nothing_of_the_drivers_disk(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +68,7 @@ def on_bucket(job: TrainJob, uri: str) -> TrainJob:
 
 
 @pytest.fixture
-def job(folder: Path, tmp_path: Path) -> TrainJob:  # noqa: F811 - the fixture above
+def job(folder: Path, tmp_path: Path) -> TrainJob:
     made = job_in(folder, tmp_path / "beside", epochs=3, keep_checkpoints=2)
     return dataclasses.replace(made, engine=made.engine.decided("cpu"))
 
@@ -99,11 +99,12 @@ def test_a_checkpoint_whose_upload_broke_off_is_not_gone_on_from(
 ) -> None:
     uri = f"{bucket}/trials/a"
     monkeypatch.setenv(COPIES_VARIABLE, str(tmp_path / "lost"))
-    with s3_store.failing(
-        lambda request: 403 if request.startswith("PUT") and "step_00000006/" in request and "json" not in request else None
-    ):
-        with pytest.raises(OSError, match="permission denied"):
-            fit_here(on_bucket(job, uri), name="x", on_epoch=lambda row: None)
+
+    def refused(request: str) -> int | None:
+        return 403 if request.startswith("PUT") and "step_00000006/" in request and "json" not in request else None
+
+    with s3_store.failing(refused), pytest.raises(OSError, match="permission denied"):
+        fit_here(on_bucket(job, uri), name="x", on_epoch=lambda row: None)
     monkeypatch.setenv(COPIES_VARIABLE, str(tmp_path / "other"))
     assert any("step_00000006" in name for name in find(uri) or {})
     assert [path.name for path in checkpoints(path_of(uri) / "checkpoints" / "x")] == ["step_00000003"]
