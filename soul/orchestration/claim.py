@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from soul.config import Config
 from soul.device import Device
+from soul.orchestration.attempts import STAGE as ATTEMPTS
 from soul.preflight import check_output
 from soul.records import InputError
 from soul.rundir import RunDir, digest, write_atomically
@@ -139,5 +140,5 @@ def _has_begun(folder: RunDir) -> bool:
     return (
         folder.metrics.is_file()
         or folder.checkpoints.is_dir()
-        or any(marker.stem != _PRECISION for marker in (folder.path / ".stages").glob("*"))
+        or any(marker.stem not in (_PRECISION, ATTEMPTS) for marker in (folder.path / ".stages").glob("*"))
     )

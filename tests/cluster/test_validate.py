@@ -216,9 +216,7 @@ MISTAKES: dict[str, tuple[str, str, Any, str]] = {
     "more tokens than the model takes": (
         GRID,
         "spec.entrypoint",
-        replaced(
-            "--models meta-llama/Llama-3.2-1B-Instruct --finetune --seeds 3 --data locuslab/TOFU", "--models tiny-s --num-authors 20 --max-length 9999"
-        ),
+        replaced("meta-llama/Llama-3.2-1B-Instruct --finetune --seeds 3 --data locuslab/TOFU", "tiny-s --num-authors 20 --max-length 9999"),
         "the model takes at most",
     ),
     "results that go with the cluster": (JOB, "spec.entrypoint", replaced("s3://my-bucket/runs/tofu", "runs/tofu"), "Name a bucket"),

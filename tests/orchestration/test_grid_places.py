@@ -5,26 +5,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 pytest.importorskip("ray")
 
+from soul import store
 from soul.benchmarks.grid import Cell, Choice, Trial
 from soul.benchmarks.outcomes import CRASHED, FAILED, MARK_KEY, read_outcome
 from soul.cli import BAD_INPUT, DONE, main
 from soul.grid_config import GridConfig
 from soul.object_store import find, read_bytes
+from soul.orchestration import disks
 from soul.orchestration.attempts import REPEATS, Attempt
 from soul.orchestration.claim import claim, run_dir
 from soul.orchestration.ready import check_grid
 from soul.orchestration.trial import checkpoints, fit_here
 from soul.orchestration.tune import plan
+from soul.records import InputError
 from soul.report.grid_build import build_grid_report
 from soul.rundir import RunDir
 from soul.store import COPIES_VARIABLE, attach, drop, holds, path_of, publish, push
@@ -36,7 +38,9 @@ from tests.train.test_job import folder, job_in
 
 __all__ = ["folder"]  # the fixture: a model and token stores of a few rows
 
-FLAGS = ["grid", "--methods", "npo", "--optimizers", "adamw", "--models", "tiny-s", "--prepare-max-steps", "5"]
+FEW = {"num_authors": 20, "forget": "forget10"}
+FLAGS = ["grid", "--methods", "npo", "--optimizers", "adamw", "--models", "tiny-s"]
+AUTHORS = ["--num-authors", "20", "--forget", "forget10"]
 
 
 def test_a_trial_is_told_uris_and_nothing_of_the_drivers_disk(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +161,51 @@ def test_attempts_without_progress_are_counted_wherever_they_are_made(bucket: st
     assert begin("a", session="the same command again").starts == 1
 
 
+# --- disks
+
+
+class FakeCluster:
+    """Nodes that see these folders, asked as Ray's are."""
+
+    def __init__(self, *disks: tuple[Path, ...]) -> None:
+        self.disks = disks
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"NodeID": f"{index:056x}", "Alive": True} for index in range(len(self.disks))]
+
+    def remote(self, look: Any) -> Any:
+        del look
+        return self
+
+    def options(self, *, num_cpus: int, scheduling_strategy: Any) -> Any:
+        mounted = self.disks[int(scheduling_strategy.node_id, 16)]
+
+        def ask(paths: list[str]) -> list[int]:
+            return [
+                i for i, path in enumerate(paths) if not (Path(path).exists() and any(Path(path).is_relative_to(disk) for disk in mounted))
+            ]
+
+        return SimpleNamespace(remote=ask)
+
+    def get(self, answers: list[list[int]], timeout: float) -> list[list[int]]:
+        return answers
+
+
+def test_a_folder_that_a_node_does_not_see_is_refused_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared, own = tmp_path / "shared", tmp_path / "own"
+    own.mkdir()
+    monkeypatch.setattr(disks, "ray", FakeCluster((shared, own), (shared,), (shared,)))
+    disks.check_disks(
+        written={"--output": str(shared / "g"), "--cache": None}, read={"--models x/y": "x/y", "--retrained": "s3://bucket/run"}
+    )
+    assert list(shared.rglob("*")) == [shared / "g"]  # nothing is left of the question
+    for told in ({"written": {"--output": str(own / "g")}, "read": {}}, {"written": {}, "read": {"--models": str(own)}}):
+        with pytest.raises(InputError, match=r"on a disk that 2 of the cluster's 3 nodes do not see"):
+            disks.check_disks(**told)
+    monkeypatch.setattr(disks, "ray", FakeCluster((own,)))
+    disks.check_disks(written={"--output": str(own / "g")}, read={})
+
+
 # --- the report
 
 
@@ -215,7 +264,7 @@ def test_a_dry_run_refuses_what_the_run_refuses_and_starts_nothing(
 
     monkeypatch.setattr("soul.orchestration.tune.cluster", no_ray)
     monkeypatch.setenv(COPIES_VARIABLE, str(tmp_path / "copies"))
-    chosen: dict[str, Any] = {"methods": ("npo",), "optimizers": ("adamw",), "models": ("tiny-s",), "prepare": {"max_steps": 5}}
+    chosen: dict[str, Any] = {"methods": ("npo",), "optimizers": ("adamw",), "models": ("tiny-s",), "data": FEW}
     begun = GridConfig.model_validate({**chosen, "output": f"{bucket}/other"})
     for item in plan(begun):
         claim(item.config)
@@ -224,18 +273,16 @@ def test_a_dry_run_refuses_what_the_run_refuses_and_starts_nothing(
     for name, (flags, says) in refusals(bucket, tmp_path).items():
         errors = []
         for more in (["--dry-run"], []):
-            assert main([*FLAGS, *flags, *more]) == BAD_INPUT, name
+            assert main([*FLAGS, *([] if "--data" in flags else AUTHORS), *flags, *more]) == BAD_INPUT, name
             errors.append(capsys.readouterr().err)
         assert errors[0] == errors[1] and says in errors[0], (name, errors)
     before = find(bucket)
-    assert main([*FLAGS, "--output", f"{bucket}/new", "--dry-run"]) == DONE
+    assert main([*FLAGS, *AUTHORS, "--output", f"{bucket}/new", "--dry-run"]) == DONE
     assert f"1 runs of 1 cells in {bucket}/new/trials" in capsys.readouterr().out and find(bucket) == before
 
 
 def test_two_drivers_of_one_machine_do_not_share_a_grid(bucket: str) -> None:
-    few = {"num_authors": 20, "forget": "forget10"}
-    config = GridConfig.model_validate({"data": few, "models": ("tiny-s",), "methods": ("npo",), "output": f"{bucket}/g"})
+    config = GridConfig.model_validate({"data": FEW, "models": ("tiny-s",), "methods": ("npo",), "output": f"{bucket}/g"})
     check_grid(config)
-    code = "import sys; from soul.store import keep_folder, path_of; keep_folder(path_of(sys.argv[1]))"
-    other = subprocess.run([sys.executable, "-c", code, config.output], capture_output=True, text=True, timeout=60)
-    assert other.returncode == 1 and "another process of this machine is at work" in other.stderr
+    assert store._lock_at_once(path_of(config.output)) is None  # what another process would find
+    check_grid(config)
