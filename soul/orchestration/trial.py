@@ -138,6 +138,7 @@ def work(asked: Config, config: Config, sources: Sources, *, command: list[str],
             command=command,
             standards={"target": target.path} | ({"retrained": gold.path} if isinstance(gold, Prepared) else {}),
         )
+        drop(run.checkpoints)  # the model is there: nothing is left to resume, whenever this breaks off
         mark_done(asked, shared.inputs(asked))
     report.end({**_final_metrics(run), "epoch": config.train.epochs + 1})
 
