@@ -138,7 +138,6 @@ def work(asked: Config, config: Config, sources: Sources, *, command: list[str],
             command=command,
             standards={"target": target.path} | ({"retrained": gold.path} if isinstance(gold, Prepared) else {}),
         )
-        drop(run.checkpoints)  # the model is there: nothing is left to resume, whenever this breaks off
         mark_done(asked, shared.inputs(asked))
     report.end({**_final_metrics(run), "epoch": config.train.epochs + 1})
 
@@ -176,6 +175,7 @@ def _judge(config: Config, shared: Shared, run: RunDir, display: Display, *, iso
     if isolated:
         key = given_model(str(run.model)).key
         return judge.judge(name, str(run.model), key=key, folder=run.path / ".stages", samples=samples)
+    pull(run.model)  # another node may have trained it
     return judge_here(config, shared.sources, str(run.model), name, samples)
 
 

@@ -25,7 +25,7 @@ from tests.orchestration.test_tune_killed import FLAGS, finished_trials, table_o
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2400)]
 
-MORE = "--eval-max-new-tokens 16 --no-progress"
+MORE = "--save-every 1 --eval-max-new-tokens 16 --no-progress"
 NODES = """
 import sys
 import psutil

@@ -29,7 +29,7 @@ from soul.orchestration.tune import plan
 from soul.records import InputError
 from soul.report.grid_build import build_grid_report
 from soul.rundir import RunDir
-from soul.store import COPIES_VARIABLE, attach, drop, holds, path_of, publish, push
+from soul.store import COPIES_VARIABLE, attach, discard, holds, path_of, publish, push
 from soul.train.job import TrainJob
 from tests.benchmarks.test_grid_table import write_trial
 from tests.orchestration.mini import fingerprint, steps
@@ -73,7 +73,7 @@ def on_bucket(job: TrainJob, uri: str) -> TrainJob:
 
 @pytest.fixture
 def job(folder: Path, tmp_path: Path) -> TrainJob:
-    made = job_in(folder, tmp_path / "beside", epochs=3, keep_checkpoints=2)
+    made = job_in(folder, tmp_path / "beside", epochs=4, save_every=1, keep_checkpoints=1)
     return dataclasses.replace(made, engine=made.engine.decided("cpu"))
 
 
@@ -84,18 +84,18 @@ def test_another_node_goes_on_from_the_checkpoint_of_a_lost_one(
     uri = f"{bucket}/trials/a"
     monkeypatch.setenv(COPIES_VARIABLE, str(tmp_path / "lost"))
     with pytest.raises(Killed):
-        fit_here(on_bucket(job, uri), name="x", on_epoch=killed_after(2))
+        fit_here(on_bucket(job, uri), name="x", on_epoch=killed_after(3))
     shutil.rmtree(tmp_path / "lost")
     monkeypatch.setenv(COPIES_VARIABLE, str(tmp_path / "other"))
-    assert [path.name for path in checkpoints(path_of(uri) / "checkpoints" / "x")] == ["step_00000003", "step_00000006"]
+    assert [path.name for path in checkpoints(path_of(uri) / "checkpoints" / "x")] == ["step_00000006"]
     heard: list[int] = []
     result = fit_here(on_bucket(job, uri), name="x", on_epoch=lambda row: heard.append(row["epoch"]))
     first_step = json.loads((read_bytes(f"{uri}/metrics.jsonl") or b"").splitlines()[0])["step"]
-    assert (heard, result.steps, first_step) == ([0, 1, 2, 3], 9, 1)
+    assert (heard, result.steps, first_step) == ([0, 1, 2, 3, 4], 12, 1)
     assert steps(path_of(uri)) == steps(Path(job.run_dir))
     assert fingerprint(path_of(uri) / "model") == fingerprint(Path(job.export)) and holds(path_of(uri) / "model")
     kept = {name.partition("/")[0] for name in find(f"{uri}/checkpoints/x") or {}}
-    assert kept == {"step_00000006", "step_00000009"}  # as many as --keep-checkpoints says, in the store too
+    assert kept == {"step_00000009"}  # as many as --keep-checkpoints says, in the store too
 
 
 def test_a_checkpoint_whose_upload_broke_off_is_not_gone_on_from(
@@ -128,9 +128,9 @@ def test_a_folder_whose_deletion_broke_off_is_not_taken_for_whole(bucket: str, s
         return 403 if len(deleted) > 1 else None
 
     with s3_store.failing(after_the_first), pytest.raises(OSError, match="permission denied"):
-        drop(folder)
+        discard(folder)
     assert find(f"{bucket}/c") and not holds(folder) and not folder.exists()
-    drop(folder)
+    discard(folder)
     assert not find(f"{bucket}/c")
 
 
