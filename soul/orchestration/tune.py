@@ -40,7 +40,7 @@ from soul.orchestration.ready import AT_ONCE, check_grid
 from soul.orchestration.shared import Shared, judge_shared, make_shared, share
 from soul.orchestration.trial import failure_of, nested_epoch, run_trial, stopped_at
 from soul.rundir import RunDir
-from soul.store import attach, path_of, place_of, ray_storage
+from soul.store import attach, is_uri, path_of, place_of, ray_storage
 
 # Tune's own tables and bars would print settings line by line; its handler of Ctrl-C would swallow it.
 TUNE_ENVIRONMENT = {
@@ -134,7 +134,6 @@ def _search(
     needs = {"memory": 2.0**20} if isolated else {"CPU": 1.0}
     if not isolated and device == "gpu":
         needs["GPU"] = 1.0
-    storage, session = _tunes_own(path_of(config.output) / "tune")
     common = {
         "floor": config.utility_floor,
         "device": device,
@@ -155,28 +154,28 @@ def _search(
                 trial_name_creator=_name,
                 trial_dirname_creator=_name,
             ),
-            run_config=tune.RunConfig(
-                name=session,
-                **storage,
-                verbose=0,
-                callbacks=[JsonLoggerCallback(), TBXLoggerCallback(), _Shown(display, len(planned))],
-                failure_config=tune.FailureConfig(max_failures=BACKSTOP),
-            ),
+            run_config=_kept_by_tune(path_of(config.output) / "tune", _Shown(display, len(planned))),
         )
         results = tuner.fit()
     run_together([partial(attach, run_dir(item.config).path) for item in planned], slots=AT_ONCE)
     _note_unfinished(results)
 
 
-def _tunes_own(folder: Path) -> tuple[dict[str, Any], str]:
-    """Where Tune keeps what it knows, for people only, and the next free name there."""
+def _kept_by_tune(folder: Path, shown: _Shown) -> tune.RunConfig:
+    """What Tune knows goes under the next free name of `folder`, for people only."""
     storage = ray_storage(place_of(folder))
-    if "storage_filesystem" in storage:
+    if is_uri(place_of(folder)):
         before = {name.partition("/")[0] for name in find(place_of(folder)) or {}}
     else:
         folder.mkdir(parents=True, exist_ok=True)
         before = {path.name for path in folder.iterdir()}
-    return storage, f"session-{sum(name.startswith('session-') for name in before) + 1:03d}"
+    return tune.RunConfig(
+        name=f"session-{sum(name.startswith('session-') for name in before) + 1:03d}",
+        verbose=0,
+        callbacks=[JsonLoggerCallback(), TBXLoggerCallback(), shown],
+        failure_config=tune.FailureConfig(max_failures=BACKSTOP),
+        **storage,
+    )
 
 
 def _name(trial: Any) -> str:
