@@ -190,20 +190,18 @@ def _add_grid(parser: argparse.ArgumentParser) -> None:
     from soul.flags import add_flags, flags_of
 
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings, nested by section; flags override it")
-    parser.add_argument("--dry-run", action="store_true", help="list the runs; start none")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, list the runs and start none")
     add_flags(parser, flags_of("grid"))
 
 
 def _grid(parsed: argparse.Namespace) -> int:
-    from soul.benchmarks.presets import HEADINGS, PRESETS
-    from soul.flags import flags_of, given_settings
-    from soul.grid_config import GridConfig
-    from soul.settings import load_settings, read_yaml
+    from soul.flags import grid_config_of
 
-    overrides, labels = given_settings(parsed, flags_of("grid"))
-    chosen = overrides.get("preset") or (read_yaml(parsed.config)[0].get("preset") if parsed.config else None)
-    config = load_settings(GridConfig, parsed.config, overrides, labels=labels, preset=PRESETS.get(str(chosen), {}))
+    config = grid_config_of(parsed)
     if parsed.dry_run:
+        from soul.orchestration.ready import check_grid
+
+        check_grid(config)
         print("\n".join(config.describe()))
         return DONE
     if not config.report:
@@ -214,16 +212,18 @@ def _grid(parsed: argparse.Namespace) -> int:
         except KeyboardInterrupt as stop:
             stop.args = ("interrupted. Continue with the same command: what is finished is not repeated.",)
             raise
+    from soul.benchmarks.outcomes import trial_folder
+    from soul.benchmarks.presets import HEADINGS
     from soul.report.grid_build import build_grid_report, show_grid
     from soul.report.tracking import track_all
 
-    output, trials = Path(config.output).resolve(), config.all_trials()
+    output, trials = path_of(config.output), config.all_trials()
     command = shlex.join(["python", "pipelines/grid.py", *parsed.words])
     heading = HEADINGS.get(config.preset or "")
     table = build_grid_report(trials, output, floor=config.utility_floor, samples=config.samples, command=command, heading=heading)
     show_grid(table)
-    print(output / "report.html")
-    if config.wandb is not None and (told := track_all([output / "trials" / trial.id for trial in trials], project=config.wandb)):
+    print(place_of(output / "report.html"))
+    if config.wandb is not None and (told := track_all([trial_folder(trial, output) for trial in trials], project=config.wandb)):
         print(told, file=sys.stderr)
     return DONE
 

@@ -16,9 +16,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from soul.benchmarks.presets import PRESETS
 from soul.config import Config, EvaluateConfig
 from soul.grid_config import GridConfig
-from soul.settings import leaves
+from soul.settings import leaves, load_settings, read_yaml
 
 ROOTS: dict[str, type[BaseModel]] = {"tofu": Config, "unlearn": Config, "evaluate": EvaluateConfig, "grid": GridConfig}
 
@@ -220,3 +221,14 @@ def _value(flag: Flag, value: Any) -> Any:
     if flag.is_optional and value.lower() in NONE_WORDS:
         return None
     return [part.strip() for part in value.split(",")] if flag.is_list else value
+
+
+def grid_config_of(parsed: argparse.Namespace) -> GridConfig:
+    """The config that the flags of `grid` describe, with what its preset brings along.
+
+    Raises:
+        InputError: a setting is unknown, out of range or means nothing here; one line per problem.
+    """
+    overrides, labels = given_settings(parsed, flags_of("grid"))
+    chosen = overrides.get("preset") or (read_yaml(parsed.config)[0].get("preset") if parsed.config else None)
+    return load_settings(GridConfig, parsed.config, overrides, labels=labels, preset=PRESETS.get(str(chosen), {}))

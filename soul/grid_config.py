@@ -62,7 +62,7 @@ class GridConfig(BaseModel):
     train: TrainConfig = _of_a_run("train")
     engine: EngineConfig = _of_a_run("engine")
     evaluate: EvalSettings = _of_a_run("evaluate")
-    output: str = Field("runs/grid", min_length=1, description="folder of the grid: trials/, cache/, tune/ and the report")
+    output: str = Field("runs/grid", min_length=1, description="folder or URI of the grid: trials/, cache/, tune/ and the report")
     cache: str | None = Field(None, min_length=1, description="target and retrained models made before (null: cache in the grid's folder)")
     address: str | None = _of_a_run("address")
     samples: bool = Field(False, description="show one generated answer per method in the report; it quotes the data")

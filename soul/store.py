@@ -221,11 +221,13 @@ def skim(folder: Path, *, without: str) -> bool:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder, here and in the store."""
-    if is_uri(place := place_of(folder)):
-        for name in find(place) or {}:
-            delete_file(f"{place}/{name}")
+    """Remove a folder, here and in the store; one whose removal broke off is not taken for whole."""
     shutil.rmtree(folder, ignore_errors=True)
+    if not is_uri(place := place_of(folder)) or not (names := find(place)):
+        return
+    put_bytes(f"{place}/{MARKER}", BEGUN.encode())
+    for name in (*(name for name in names if name != MARKER), MARKER):
+        delete_file(f"{place}/{name}")
 
 
 def pull_file(file: Path) -> bool:
@@ -255,7 +257,7 @@ def attach(folder: Path, *, keep: bool = False) -> None:
     if not is_uri(place := place_of(folder)):
         return
     if keep:
-        _keep(folder)
+        keep_folder(folder)
     with _lock(folder):
         if not keep and _is_kept(folder):
             return
@@ -348,9 +350,13 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _keep(folder: Path) -> None:
-    """Lock the other processes of this machine out of a run directory; the lock goes with this process, however it ends."""
-    if folder in _KEPT:
+def keep_folder(folder: Path) -> None:
+    """Lock the other processes of this machine out of a store's copy; the lock goes with this process, however it ends.
+
+    Raises:
+        InputError: another process has it.
+    """
+    if folder in _KEPT or not is_uri(place_of(folder)):
         return
     for _ in range(20):  # somebody may just be looking whether it is locked
         if (handle := _lock_at_once(folder)) is not None:

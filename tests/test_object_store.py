@@ -323,6 +323,17 @@ def test_an_output_that_cannot_be_written_is_told_at_once(case: str, bucket: str
     assert (find(f"{bucket}/run") or {}) == {}
 
 
+@pytest.mark.parametrize(("status", "says"), [(403, "permission denied"), (507, "full or over its quota")])
+def test_a_file_that_the_store_does_not_take_is_told_and_its_folder_is_not_whole(
+    status: int, says: str, bucket: str, s3_store: Store
+) -> None:
+    folder = write(path_of(f"{bucket}/folder"), FILES)
+    fault = lambda request: status if request.startswith("PUT") and "a.bin" in request else None  # noqa: E731
+    with s3_store.failing(fault), pytest.raises(OSError, match=says):
+        publish(folder)
+    assert not holds(folder) and "config.json" in (find(f"{bucket}/folder") or {})
+
+
 def test_a_missing_bucket_is_told(s3_store: Store) -> None:
     with pytest.raises(InputError, match=r"s3://nosuchbucket/run cannot be written: there is no such bucket"):
         check_writable("s3://nosuchbucket/run")

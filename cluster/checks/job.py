@@ -1,18 +1,21 @@
-"""What a job runs: the script and its flags exist, results outlive the cluster, and its runtime environment has no key that Ray ignores."""
+"""What a job runs: the command passes its own checks, results outlive the cluster, and its environment has no key that Ray ignores."""
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Final
 
 from pydantic import Field, ValidationError
 
 from cluster.checks.common import ROOT, Strict, model_complaints, secret_complaints
+from cluster.checks.store import store_for_checks
 
 IMAGE_ROOT: Final = "/home/ray/soul/"  # where cluster/Dockerfile puts the project
+_FILES: Final = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".gz")  # data of one's own is never on the hub
 _VARIABLE: Final = r"^[A-Za-z_][A-Za-z0-9_]*$"
 _LASTS: Final = re.compile(r"^(s3|gs|gcs)://[a-z0-9][a-z0-9._-]+/.+")
 
@@ -45,8 +48,13 @@ def runtime_env_complaints(document: Any, where: str = "") -> Iterator[str]:
             yield f"{prefix}excludes: {broad[0]!r} leaves out the package's soul/data too. Anchor it: /data"
 
 
-def entrypoint_complaints(where: str, entrypoint: str, *, must_last: bool) -> Iterator[str]:
-    """`must_last`: the cluster goes with the job, so results have to be somewhere else."""
+def entrypoint_complaints(
+    where: str, entrypoint: str, *, must_last: bool, capacity: Mapping[str, float] | None = None, notes: list[str] | None = None
+) -> Iterator[str]:
+    """`must_last`: the cluster goes with the job, so results have to be somewhere else. `capacity`: what the workers can grow to.
+
+    The command is run as far as its last check before Ray starts; `notes` receives what could not be checked from here, and why.
+    """
     words = shlex.split(entrypoint)
     script = next((word for word in words if word.endswith(".py")), None)
     if script is None:
@@ -59,23 +67,64 @@ def entrypoint_complaints(where: str, entrypoint: str, *, must_last: bool) -> It
     if not inside.startswith("pipelines/"):
         return
     arguments = words[words.index(script) + 1 :]
-    yield from (f"{where}: {message}" for message in _flag_complaints(inside, arguments))
     output = next((value for flag, value in pairwise(arguments) if flag == "--output"), "")
     if must_last and not _LASTS.match(output):
         yield f"{where}: --output {output or 'is not given'}: results would go with the cluster. Name a bucket: s3://bucket/run"
+        return
+    found, left_out = _run_complaints(inside, arguments, capacity)
+    yield from (f"{where}: {message}" for message in found)
+    if notes is not None:
+        notes += [line for line in left_out if line not in notes]
 
 
-def _flag_complaints(script: str, arguments: list[str]) -> Iterator[str]:
-    """What the script itself would say to its flags."""
+def _run_complaints(script: str, arguments: list[str], capacity: Mapping[str, float] | None) -> tuple[list[str], list[str]]:
+    """What the script itself would say before it starts Ray; and what was not looked at."""
+    from pydantic import BaseModel
+
     from soul.cli import COMMANDS, build_parser, config_of  # seconds of imports: only where there is something to check
     from soul.records import InputError
 
     command = script.removeprefix("pipelines/").removesuffix(".py")
     if command not in COMMANDS:
-        return
+        return [], []
     try:
         parsed = build_parser(command, prog=script).parse(arguments)
-        if command in ("tofu", "unlearn"):
-            config_of(parsed)
+        if command not in ("tofu", "unlearn", "grid"):
+            return [], []
+        from soul.flags import grid_config_of
+        from soul.orchestration.ready import check_grid, check_only
+
+        config: BaseModel
+        with store_for_checks():
+            if command == "grid":
+                config = grid = grid_config_of(parsed)
+                left_out = check_grid(grid, unseen=_unseen)
+            else:
+                config = run = config_of(parsed)
+                left_out = check_only(run, unseen=_unseen)
     except InputError as error:
-        yield str(error)
+        return str(error).splitlines(), []
+    except OSError as error:
+        return [f"{type(error).__name__}: {error}"], []
+    return list(_room_complaints(config.engine, capacity)) if capacity is not None else [], left_out
+
+
+def _room_complaints(engine: Any, capacity: Mapping[str, float]) -> Iterator[str]:
+    """A run's workers against what the groups of its cluster can grow to."""
+    device = engine.device if engine.device != "auto" else "gpu" if capacity.get("GPU") else "cpu"
+    kind = device.upper()
+    if engine.num_workers > capacity.get(kind, 0):
+        yield f"--num-workers {engine.num_workers} needs {engine.num_workers} {kind}s, the workers can grow to {capacity.get(kind, 0):g}"
+
+
+def _unseen(name: str) -> str | None:
+    """Why an input is not looked at when a file is checked; None for what lies here."""
+    from soul.data.sources import HUB_ID
+
+    if "://" in name:
+        return "on a store, which is not asked"
+    if name.startswith(("/", "~")):
+        return "on a disk of the nodes"
+    if not Path(name).exists() and HUB_ID.fullmatch(name) and Path(name).suffix not in _FILES:
+        return "on the hub, which is not asked"
+    return None

@@ -125,7 +125,8 @@ class ServiceSpec(Strict):
 SPECS: Final[dict[str, type[Strict]]] = {"RayCluster": ClusterSpec, "RayJob": JobSpec, "RayService": ServiceSpec}
 
 
-def kuberay_complaints(document: Mapping[str, Any]) -> list[str]:
+def kuberay_complaints(document: Mapping[str, Any], notes: list[str] | None = None) -> list[str]:
+    """`notes` receives what could not be checked from here."""
     if document.get("apiVersion") != "ray.io/v1":
         return [f"apiVersion: {document.get('apiVersion')} is not served by KubeRay 1.7 for every kind. Want ray.io/v1"]
     unknown = sorted(set(document) - {"apiVersion", "kind", "metadata", "spec"})
@@ -134,7 +135,7 @@ def kuberay_complaints(document: Mapping[str, Any]) -> list[str]:
     broken = _shape_complaints(SPECS[str(document["kind"])], document.get("spec", {}), "spec")
     found += broken
     if not broken:  # the rest relies on the shape
-        found += _spec_complaints(str(document["kind"]), document["spec"])
+        found += _spec_complaints(str(document["kind"]), document["spec"], notes)
     found += [line for line in secret_complaints(document) if line not in found]
     return found
 
@@ -147,12 +148,14 @@ def _shape_complaints(model: type[Strict], document: Any, where: str) -> list[st
     return []
 
 
-def _spec_complaints(kind: str, spec: Mapping[str, Any]) -> Iterator[str]:
+def _spec_complaints(kind: str, spec: Mapping[str, Any], notes: list[str] | None) -> Iterator[str]:
     if kind == "RayCluster":
         yield from cluster_complaints("spec", spec)
     elif kind == "RayJob":
-        yield from cluster_complaints("spec.rayClusterSpec", spec["rayClusterSpec"])
-        yield from entrypoint_complaints("spec.entrypoint", spec["entrypoint"], must_last=True)
+        cluster = spec["rayClusterSpec"]
+        yield from cluster_complaints("spec.rayClusterSpec", cluster)
+        room = _capacity(cluster)
+        yield from entrypoint_complaints("spec.entrypoint", spec["entrypoint"], must_last=True, capacity=room, notes=notes)
         yield from _inner_yaml(
             "spec.runtimeEnvYAML", spec.get("runtimeEnvYAML", ""), lambda inner, where: runtime_env_complaints(inner, where)
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,11 +16,14 @@ from soul.evaluate.eval_log import EvalLog, SplitLog
 from soul.evaluate.logs import read_log
 from soul.evaluate.score import Scores, score
 from soul.rundir import RunDir
+from soul.store import attach, is_uri, place_of
 
 # Marks beside the stages of a run: a trial that failed for good, broke off, or was stopped early by the search.
 FAILED, CRASHED, STOPPED, MARK_KEY = "failed", "crashed", "stopped", "trial"
+REFERENCES: Final = "references"
 HALVED: Final = ("forget", "retain")
 SMALLEST_P: Final = 1e-300
+AT_ONCE: Final = 16  # requests to a store
 
 State = Literal["done", "failed", "crashed", "stopped", "missing"]
 Values = Mapping[str, float]
@@ -50,12 +54,24 @@ class Outcome:
 
 def reference_folder(output: Path, model: str, kind: str) -> Path:
     """Where a grid keeps the evaluation log of a model's target or retrained model."""
-    return output / "references" / model_slug(model) / kind
+    return output / REFERENCES / model_slug(model) / kind
+
+
+def trial_folder(trial: Trial, output: Path) -> Path:
+    """Where a trial of the grid in `output` has its run directory."""
+    return output / "trials" / trial.id
+
+
+def fetch_trials(trials: Sequence[Trial], output: Path) -> None:
+    """Have here what a report reads of a grid on a store: no models and no checkpoints. A folder's trials are there already."""
+    if is_uri(place_of(output)):
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(attach, [output / REFERENCES, *(trial_folder(trial, output) for trial in trials)]))
 
 
 def read_outcome(trial: Trial, output: Path, *, halved: bool) -> Outcome:
     """`halved`: a choice is to be selected, on the even rows of forget and retain; the odd ones are for the report."""
-    run = RunDir(output / "trials" / trial.id)
+    run = RunDir(trial_folder(trial, output))
     if not run.results.is_file():
         return _without_results(trial, run)
     results = json.loads(run.results.read_text())
@@ -85,14 +101,16 @@ _read_once = lru_cache(maxsize=64)(read_log)  # every trial of a model asks for 
 
 
 def _without_results(trial: Trial, run: RunDir) -> Outcome:
-    for state in (FAILED, CRASHED):
-        mark = run.finished(state, MARK_KEY)
-        if mark is not None:
-            return Outcome(trial, "failed" if state == FAILED else "crashed", str(mark["reason"]))
+    failed = run.finished(FAILED, MARK_KEY)
+    if failed is not None:
+        return Outcome(trial, "failed", str(failed["reason"]))
     stopped = run.finished(STOPPED, MARK_KEY)
     if stopped is not None:
         rows = tuple(stopped["epochs"])
         return Outcome(trial, "stopped", f"stopped by the search after epoch {rows[-1]['epoch']}", epochs=rows)
+    crashed = run.finished(CRASHED, MARK_KEY)  # the one that does not last: the same command tries again
+    if crashed is not None:
+        return Outcome(trial, "crashed", str(crashed["reason"]))
     return Outcome(trial, "missing", "it has not run to its end; the same command continues it")
 
 

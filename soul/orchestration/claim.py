@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from soul.config import Config
 from soul.device import Device
+from soul.orchestration.attempts import STAGE as ATTEMPTS
 from soul.preflight import check_output
 from soul.records import InputError
 from soul.rundir import RunDir, digest, write_atomically
@@ -34,8 +35,17 @@ def check_claim(config: Config) -> None:
     """
     check_output(config.output)
     check_writable(config.output)
+    attach(run_dir(config).path, keep=True)
+    check_unclaimed(config)
+
+
+def check_unclaimed(config: Config) -> None:
+    """The part of `check_claim` that reads this machine's copy alone.
+
+    Raises:
+        InputError: the run directory is another run's, or holds no run to --resume.
+    """
     folder = run_dir(config)
-    attach(folder.path, keep=True)
     if not folder.config.is_file():
         if config.resume:
             raise InputError(f"--resume: {config.output} holds no run to continue. Remove --resume, or correct --output.")
@@ -130,5 +140,5 @@ def _has_begun(folder: RunDir) -> bool:
     return (
         folder.metrics.is_file()
         or folder.checkpoints.is_dir()
-        or any(marker.stem != _PRECISION for marker in (folder.path / ".stages").glob("*"))
+        or any(marker.stem not in (_PRECISION, ATTEMPTS) for marker in (folder.path / ".stages").glob("*"))
     )

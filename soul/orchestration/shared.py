@@ -44,9 +44,10 @@ def _sources(data: str, benchmark: str, seed: int) -> Sources:
     return open_sources(DataConfig.model_validate_json(data).for_benchmark(benchmark), benchmark=benchmark, seed=seed)
 
 
-def share(config: Config) -> Shared:
-    """Rows, starting model and token stores of a run; all of them are cached."""
-    sources = _sources(config.data.model_dump_json(), config.benchmark, config.train.seed)
+def share(config: Config, sources: Sources | None = None) -> Shared:
+    """Rows, starting model and token stores of a run; all of them are cached. A trial is handed its rows: its node may not have them."""
+    if sources is None:
+        sources = _sources(config.data.model_dump_json(), config.benchmark, config.train.seed)
     start = starting_model(config, sources.benchmark, cache_of(config))
     settings = token_settings(config.data, config.model, start)
     wanted = {"forget", "retain", *trained_splits(config)} | (set(WORLD_SETS) & set(sources.rows))

@@ -18,25 +18,29 @@ import torch
 from ray import tune
 
 from soul.benchmarks.objective import cheap_objective
-from soul.benchmarks.outcomes import FAILED, MARK_KEY, STOPPED
+from soul.benchmarks.outcomes import CRASHED, FAILED, MARK_KEY, STOPPED
 from soul.config import Config
 from soul.evaluate.evaluator import finish
 from soul.evaluate.plan import run_item
+from soul.models.hashes import recorded_sha256
 from soul.models.load import load_tokenizer
+from soul.object_store import find
 from soul.orchestration.arm import unlearn
+from soul.orchestration.attempts import Attempt
 from soul.orchestration.claim import decided_run, is_done, mark_done, run_dir
 from soul.orchestration.data import Sources
 from soul.orchestration.evaluate import Asked, Judge, Judged, plan_for
 from soul.orchestration.examiners import Exam
 from soul.orchestration.outcome import write_outcome
-from soul.orchestration.prepare import Prepared, given_model
+from soul.orchestration.prepare import Prepared
 from soul.orchestration.progress import Display
 from soul.orchestration.recovery import TrainingStopped
 from soul.orchestration.shared import Shared, judge_shared, retrained_of, share, target_of
-from soul.orchestration.train import fit, on_this_node
+from soul.orchestration.train import METRICS, fit, on_this_node
 from soul.records import InputError
 from soul.report.results import load_results
 from soul.rundir import RunDir
+from soul.store import attach, discard, holds, is_uri, place_of, publish, pull, pull_file, push
 from soul.train.engine import Engine
 from soul.train.engines import make_engine
 from soul.train.job import JobResult, TrainJob, run_job
@@ -49,18 +53,29 @@ OnEpoch = Callable[[Mapping[str, Any]], None]
 def run_trial(params: dict[str, Any], common: dict[str, Any]) -> None:
     """The function that Tune calls. `params["run"]` names the run directory; the rest of it is for people who read Tune's tables.
 
-    A failure that would come again (bad input, a loss that is not finite) is the trial's result: its reason is kept in the run directory.
+    Whatever an attempt before this one left, on this node or another, is in the run directory, and so is what this one leaves. A failure
+    that would come again (bad input, a loss that is not finite) is the trial's result: its reason is kept there.
     """
     torch.set_num_threads(1)
     told = params["run"]
-    asked = Config.model_validate_json(RunDir(Path(told["folder"])).config.read_text())
-    config = decided_run(asked, common["device"])
-    report = Reporter(floor=common["floor"])
-    try:
-        work(asked, config, command=common["command"], isolated=told["isolated"], report=report)
-    except (InputError, TrainingStopped, NonFiniteLoss, NonFiniteGradient, NonFiniteReference) as error:
-        run_dir(config).finish(FAILED, MARK_KEY, {"reason": str(error)})
-        tune.report({"failed": 1.0, "epoch": config.train.epochs + 1})
+    run = RunDir.at(told["folder"])
+    attach(run.path)
+    asked = Config.model_validate_json(run.config.read_text()).model_copy(update={"output": told["folder"], "cache": common["cache"]})
+    attempt = Attempt.begin(run, common["session"])
+    if attempt.is_one_too_many:
+        return _give_up(run, CRASHED, attempt.reason, asked)
+    with attempt:
+        config = decided_run(asked, common["device"])
+        report, sources = Reporter(floor=common["floor"]), common["rows"][config.train.seed]
+        try:
+            work(asked, config, sources, command=common["command"], isolated=told["isolated"], report=report)
+        except (InputError, TrainingStopped, NonFiniteLoss, NonFiniteGradient, NonFiniteReference) as error:
+            _give_up(run, FAILED, str(error), asked)
+
+
+def _give_up(run: RunDir, mark: str, reason: str, config: Config) -> None:
+    run.finish(mark, MARK_KEY, {"reason": reason})
+    tune.report({"failed": 1.0, "epoch": config.train.epochs + 1})
 
 
 class Reporter:
@@ -90,13 +105,13 @@ def stopped_at(run: RunDir) -> dict[str, Any] | None:
     return run.finished(STOPPED, MARK_KEY)
 
 
-def work(asked: Config, config: Config, *, command: list[str], isolated: bool, report: Reporter) -> None:
+def work(asked: Config, config: Config, sources: Sources, *, command: list[str], isolated: bool, report: Reporter) -> None:
     """The whole run that was `asked` for, with the driver's decision in `config`; or what `report` hears of one that is done.
 
     A scheduler that was started again has forgotten it.
     """
     run, display = run_dir(config), Display(enabled=False)
-    shared = share(config)
+    shared = share(config, sources)
     stopped = stopped_at(run)
     if stopped is not None:
         for row in stopped["epochs"]:
@@ -160,7 +175,8 @@ def _judge(config: Config, shared: Shared, run: RunDir, display: Display, *, iso
     samples = run.path / "samples.jsonl" if config.samples else None
     if isolated:
         judge = Judge(config, shared.sources, display, num_examiners=config.engine.num_workers)
-        return judge.judge(Asked(name, str(run.model), given_model(str(run.model)).key, run.path / ".stages", samples))
+        return judge.judge(Asked(name, str(run.model), recorded_sha256(run.model), run.path / ".stages", samples))
+    pull(run.model)  # another node may have trained it
     return judge_here(config, shared.sources, str(run.model), name, samples)
 
 
@@ -182,26 +198,43 @@ def fit_here(job: TrainJob, *, name: str, on_progress: object = None, on_epoch: 
     """As `soul.orchestration.train.fit`, on one rank in this process, continuing from the last checkpoint if there is one."""
     del on_progress  # a grid shows whole trials
     job = on_this_node(job)
-    folder = Path(job.run_dir) / "checkpoints" / name
+    folder, metrics = Path(job.run_dir) / "checkpoints" / name, Path(job.run_dir) / METRICS
     engine = make_engine(job.engine, rank=0, world=1, local_rank=0)
     on_gpu = engine.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(engine.device)
-    kept = checkpoints(folder)
-    save = partial(_save, folder=folder, keep=job.train.keep_checkpoints)
-    result = run_job(job, engine, resume_from=kept[-1] if kept else None, save_checkpoint=save, on_epoch=on_epoch)
+    pull_file(metrics)
+    kept = [path for path in checkpoints(folder)[-1:] if pull(path)]
+    result = run_job(
+        job,
+        engine,
+        resume_from=kept[-1] if kept else None,
+        save_checkpoint=partial(_save, metrics=metrics, folder=folder, keep=job.train.keep_checkpoints),
+        on_epoch=on_epoch,
+        publish=partial(_publish, metrics, Path(job.export)),
+    )
     if not on_gpu:
         result.peak_memory_bytes = 0  # the process's peak, to which the trials before this one belong as well
     return result
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole ones, oldest first."""
-    return sorted(folder.glob("step_*"))
+    """The whole ones, oldest first; of a run on a store those that every node can have."""
+    if not is_uri(place := place_of(folder)):
+        return sorted(folder.glob("step_*"))
+    names = {name.partition("/")[0] for name in find(place) or {}}
+    return [folder / name for name in sorted(names) if name.startswith("step_") and holds(folder / name)]
 
 
-def _save(engine: Engine, progress: Progress, *, folder: Path, keep: int) -> None:
-    """Written beside its place and moved there: what is called step_* is whole."""
+def _publish(metrics: Path, model: Path) -> None:
+    """What a store is to have of a training that is over."""
+    push(metrics)
+    publish(model)
+
+
+def _save(engine: Engine, progress: Progress, *, metrics: Path, folder: Path, keep: int) -> None:
+    """Written beside its place and moved there: what is called step_* is whole. A store gets it as a whole folder."""
+    push(metrics)  # first, so that there is no checkpoint without the lines of its steps
     staging, place = folder / f".step_{progress.step:08d}", folder / f"step_{progress.step:08d}"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -210,5 +243,6 @@ def _save(engine: Engine, progress: Progress, *, folder: Path, keep: int) -> Non
         shutil.rmtree(staging)  # a resumed run repeats no step before its checkpoint, but may stop on it
     else:
         os.replace(staging, place)
+    publish(place)
     for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        discard(old)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
+import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +21,26 @@ from ray.tune import Callback, ResultGrid
 from ray.tune.logger import JsonLoggerCallback, TBXLoggerCallback
 
 from soul.benchmarks.grid import Trial
-from soul.benchmarks.outcomes import CRASHED, MARK_KEY, STOPPED, reference_folder
+from soul.benchmarks.outcomes import CRASHED, MARK_KEY, REFERENCES, STOPPED, reference_folder
 from soul.config import Config
 from soul.device import Device
 from soul.grid_config import GridConfig
+from soul.object_store import find
+from soul.orchestration.attempts import BACKSTOP
 from soul.orchestration.capacity import room_for
-from soul.orchestration.checks import check_local_workers, check_model, check_run
-from soul.orchestration.claim import check_claim, claim, is_done, run_dir
+from soul.orchestration.claim import claim, is_done, run_dir
 from soul.orchestration.cluster import cluster
-from soul.orchestration.data import cache_of, open_sources
+from soul.orchestration.data import Sources, cache_of
+from soul.orchestration.disks import check_disks
 from soul.orchestration.halving import GroupedHalving
 from soul.orchestration.outcome import write_logs
-from soul.orchestration.prepare import starting_model
+from soul.orchestration.parallel import run_together
 from soul.orchestration.progress import Display
+from soul.orchestration.ready import AT_ONCE, check_grid
 from soul.orchestration.shared import Shared, judge_shared, make_shared, share
 from soul.orchestration.trial import failure_of, nested_epoch, run_trial, stopped_at
 from soul.rundir import RunDir
-from soul.store import check_local
+from soul.store import attach, is_uri, path_of, place_of, ray_storage
 
 # Tune's own tables and bars would print settings line by line; its handler of Ctrl-C would swallow it.
 TUNE_ENVIRONMENT = {
@@ -62,7 +67,7 @@ class Planned:
         return {
             "id": self.trial.id,
             "group": f"{cell.slug}-s{self.trial.seed}",
-            "folder": str(run_dir(self.config).path),
+            "folder": run_dir(self.config).place,
             "method": cell.method,
             "optimizer": cell.optimizer,
             "seed": self.trial.seed,
@@ -81,40 +86,33 @@ def run_grid(config: GridConfig) -> list[Planned]:
     Raises:
         InputError: bad input, nearly all of it found before Ray starts.
     """
-    check_local(config.output)
-    planned = plan(config)
-    engine = config.engine
-    check_local_workers(config.address, engine.num_workers, engine.device)
-    firsts = {item.config.model.model_dump_json(): item.config for item in reversed(planned)}
-    for item in planned:
-        check_claim(item.config)
-    for first in firsts.values():
-        if first.model.path is not None:
-            check_model(first.model.path, first.model)
-        sources = open_sources(first.data, benchmark=first.benchmark, seed=first.train.seed)
-        check_run(first, sources, starting_model(first, sources.benchmark, cache_of(first)))
+    check_grid(config)
+    planned, engine = plan(config), config.engine
     display = Display(enabled=config.progress)
     for name, value in TUNE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     with cluster(config.address, num_workers=engine.num_workers, device=engine.device, verbose=config.verbose) as device, display.live():
+        given = {f"--models {item.trial.cell.model}": item.config.model.path for item in planned}
+        check_disks(written={"--output": config.output, "--cache": config.cache}, read={**given, "--retrained": config.retrained})
         slots = room_for(engine.num_workers, device)
         views = make_shared([item.config.decided(device) for item in planned], display, slots=room_for(1, device))
         for model, item in {item.trial.cell.model: item for item in planned}.items():
-            _keep_references(Path(config.output).resolve(), model, item.config.decided(device), display)
+            _keep_references(path_of(config.output), model, item.config.decided(device), display)
         undone = [item for item, view in zip(planned, views, strict=True) if _is_undone(item, view)]
-        for item in undone:
-            claim(item.config)
+        run_together([partial(claim, item.config) for item in undone], slots=AT_ONCE)
         if len(undone) < len(planned):
             display.say(f"{len(planned) - len(undone)} of {len(planned)} runs: done before")
         if undone:
             # halving compares with all that went before, so the finished ones are heard again
             again = planned if config.search == "asha" else undone
-            _search(config, again, display, device, slots=min(slots, config.max_concurrent or slots))
+            rows = {item.config.train.seed: view.sources for item, view in zip(planned, views, strict=True)}
+            _search(config, again, rows, display, device, slots=min(slots, config.max_concurrent or slots))
     return planned
 
 
 def _keep_references(output: Path, model: str, config: Config, display: Display) -> None:
     """The logs of target and retrained model: the report measures them on the rows on which it measures the trials."""
+    attach(output / REFERENCES)
     target, retrained = judge_shared(config, share(config), display)
     for kind, log in (("target", target.log), ("retrained", retrained)):
         folder = reference_folder(output, model, kind)
@@ -127,15 +125,23 @@ def _is_undone(item: Planned, view: Shared) -> bool:
     return not is_done(item.config, view.inputs(item.config)) and failure_of(run) is None and stopped_at(run) is None
 
 
-def _search(config: GridConfig, planned: Sequence[Planned], display: Display, device: Device, *, slots: int) -> None:
+def _search(
+    config: GridConfig, planned: Sequence[Planned], rows: Mapping[int, Sources], display: Display, device: Device, *, slots: int
+) -> None:
+    """`rows` by seed. They travel as arguments do, from the memory of the driver: a node may not have the disk that they were read from."""
     isolated = planned[0].isolated
     # A Ray Train run's workers take CPUs of their own: a trial that held even a hundredth of one would wait for ever where they need all.
     needs = {"memory": 2.0**20} if isolated else {"CPU": 1.0}
     if not isolated and device == "gpu":
         needs["GPU"] = 1.0
-    folder = Path(config.output).resolve() / "tune"
-    folder.mkdir(parents=True, exist_ok=True)
-    common = {"floor": config.utility_floor, "device": device, "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
+    common = {
+        "floor": config.utility_floor,
+        "device": device,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "cache": place_of(cache_of(planned[0].config)),
+        "rows": dict(rows),
+        "session": uuid.uuid4().hex,
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tuner = tune.Tuner(
@@ -148,15 +154,28 @@ def _search(config: GridConfig, planned: Sequence[Planned], display: Display, de
                 trial_name_creator=_name,
                 trial_dirname_creator=_name,
             ),
-            run_config=tune.RunConfig(
-                name=f"session-{len(list(folder.glob('session-*'))) + 1:03d}",
-                storage_path=str(folder),
-                verbose=0,
-                callbacks=[JsonLoggerCallback(), TBXLoggerCallback(), _Shown(display, len(planned))],
-                failure_config=tune.FailureConfig(max_failures=1),
-            ),
+            run_config=_kept_by_tune(path_of(config.output) / "tune", _Shown(display, len(planned))),
         )
-        _note_unfinished(tuner.fit())
+        results = tuner.fit()
+    run_together([partial(attach, run_dir(item.config).path) for item in planned], slots=AT_ONCE)
+    _note_unfinished(results)
+
+
+def _kept_by_tune(folder: Path, shown: _Shown) -> tune.RunConfig:
+    """What Tune knows goes under the next free name of `folder`, for people only."""
+    storage = ray_storage(place_of(folder))
+    if is_uri(place_of(folder)):
+        before = {name.partition("/")[0] for name in find(place_of(folder)) or {}}
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        before = {path.name for path in folder.iterdir()}
+    return tune.RunConfig(
+        name=f"session-{sum(name.startswith('session-') for name in before) + 1:03d}",
+        verbose=0,
+        callbacks=[JsonLoggerCallback(), TBXLoggerCallback(), shown],
+        failure_config=tune.FailureConfig(max_failures=BACKSTOP),
+        **storage,
+    )
 
 
 def _name(trial: Any) -> str:
@@ -170,14 +189,14 @@ def _note_unfinished(results: ResultGrid) -> None:
         if result.error is not None:
             cause = getattr(result.error, "cause", None) or result.error
             run.finish(CRASHED, MARK_KEY, {"reason": f"it broke off ({type(cause).__name__}); see error.txt in tune/, and run again"})
-        elif not run.results.is_file() and failure_of(run) is None and result.metrics_dataframe is not None:
+        elif not run.results.is_file() and "failed" not in (result.metrics or {}) and result.metrics_dataframe is not None:
             rows = [nested_epoch(row) for row in result.metrics_dataframe.to_dict("records")]
             run.finish(STOPPED, MARK_KEY, {"epochs": rows})
 
 
 def run_dir_of(config: dict[str, Any] | None) -> RunDir:
     assert config is not None  # every trial of ours has one
-    return RunDir(Path(config["run"]["folder"]))
+    return RunDir.at(config["run"]["folder"])
 
 
 class _Shown(Callback):

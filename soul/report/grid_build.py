@@ -14,7 +14,7 @@ from rich.text import Text
 
 from soul.benchmarks.aggregate import Table, tabulate
 from soul.benchmarks.grid import Trial
-from soul.benchmarks.outcomes import Outcome, read_outcome
+from soul.benchmarks.outcomes import Outcome, fetch_trials, read_outcome, trial_folder
 from soul.records import InputError
 from soul.report.grid_content import GridReport, compose_grid
 from soul.report.grid_markdown import grid_markdown, results_section
@@ -23,14 +23,16 @@ from soul.report.grid_tables import cell_title, latex_grid, settings_of, shown_c
 from soul.report.page import environment, inlined, style_sheet
 from soul.report.svg import standalone
 from soul.report.words import ARROW_KEY
-from soul.rundir import RunDir, write_atomically
+from soul.rundir import write_atomically
+from soul.store import place_of
 
 TERMINAL_COLUMNS = 4
 LATEX_HEAD = "% needs \\usepackage{booktabs} and \\usepackage{graphicx}\n"
 
 
 def read_outcomes(trials: Sequence[Trial], output: Path) -> list[Outcome]:
-    """Every trial's, in order. Rows are halved where a cell has choices to select from."""
+    """Every trial's, in order; of a grid on a store as it is there now. Rows are halved where a cell has choices to select from."""
+    fetch_trials(trials, output)
     choices: dict[object, set[str]] = {}
     for trial in trials:
         choices.setdefault(trial.cell, set()).add(trial.choice.key)
@@ -52,9 +54,11 @@ def build_grid_report(
     done = [outcome for outcome in outcomes if outcome.state == "done"]
     if not done:
         reasons = "; ".join(dict.fromkeys(outcome.reason for outcome in outcomes))
-        raise InputError(f"{output} holds no finished trial to report on ({reasons}). Run the grid first.")
+        raise InputError(f"{place_of(output)} holds no finished trial to report on ({reasons}). Run the grid first.")
     if len({(outcome.benchmark, tuple(sorted(outcome.sizes.items()))) for outcome in done}) > 1:
-        raise InputError(f"the trials in {output} had different benchmarks or numbers of rows. Give each grid a folder of its own.")
+        raise InputError(
+            f"the trials in {place_of(output)} had different benchmarks or numbers of rows. Give each grid a folder of its own."
+        )
     table = tabulate(outcomes, floor=floor)
     report = compose_grid(table, outcomes, samples=_samples(table, output) if samples else (), command=command)
     for figure in report.figures:
@@ -81,7 +85,7 @@ def _samples(table: Table, output: Path) -> tuple[tuple[str, str], ...]:
     found: list[tuple[str, str]] = []
     for row in table.rows:
         for outcome in row.selected[:1]:
-            path = RunDir(output / "trials" / outcome.trial.id).path / "samples.jsonl"
+            path = trial_folder(outcome.trial, output) / "samples.jsonl"
             if not path.is_file():
                 continue
             sample = next((line for line in map(json.loads, path.read_text().splitlines()) if line["split"] == "forget"), None)

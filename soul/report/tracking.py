@@ -15,6 +15,7 @@ from typing import Any, Final
 from soul.records import InputError
 from soul.report.results import load_results
 from soul.rundir import RunDir, digest
+from soul.store import push
 
 TRACKED: Final = "tracked"
 NAME: Final = re.compile(r"[\w.\-]{1,40}")  # one word: what a setting is called, never a text
@@ -66,6 +67,8 @@ def track_all(folders: Sequence[Path], *, project: str) -> str | None:
     online = []
     for run in new:
         online.append(track(run.path, project=project))
+        if (run.path / "wandb").is_dir():  # a run on a store keeps there what is not sent yet
+            push(run.path / "wandb")
         run.finish(TRACKED, keys[run.path], {})
     if not new:
         return None

@@ -98,9 +98,9 @@ def run_job(
 ) -> JobResult:
     """Train `job` on this rank. `make_steps` replaces the local feed (Ray Data's). All callables are called on every rank.
 
-    `on_epoch` hears each row of cheap evaluations, those of a checkpoint first; `on_ready` the engine, before the first step. `publish`
-    is told that the model has been exported, and fails on all ranks or on none: a run whose model got lost behind the last step leaves
-    a checkpoint of it; `must_save` is asked in every step, and one rank that says yes is enough.
+    `on_epoch` hears each row of cheap evaluations, those of a checkpoint first; `on_ready` the engine, before the first step; `must_save`
+    is asked in every step, and one rank's yes is enough. `publish` is told that the model has been exported, and fails on all ranks or
+    on none: a run whose model got lost behind the last step leaves a checkpoint of it.
     """
     tokenizer = load_tokenizer(job.model, revision=job.revision, trust_remote_code=job.trust_remote_code)
     engine.prepare(*_builders(job))
@@ -111,8 +111,7 @@ def run_job(
 
     moved = MovedWeights(engine)
     progress = Progress() if resume_from is None else Progress(**engine.load(resume_from))
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    assert isinstance(pad_id, int)  # the tokenising stage has checked that there is an EOS
+    pad_id = _pad_id(tokenizer)
     log = _StepLog(Path(job.run_dir) / "metrics.jsonl", keep=progress.step) if engine.rank == 0 else None
 
     def after_step(row: dict[str, Any]) -> None:
@@ -143,6 +142,12 @@ def run_job(
         engine.export(Path(job.export), tokenizer=tokenizer, dtype=_export_dtype(job))
         publish()
     return JobResult(progress.step, progress.tokens, progress.seconds, peak_memory_bytes(engine), state_bytes(engine), progress.epochs)
+
+
+def _pad_id(tokenizer: Any) -> int:
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    assert isinstance(pad_id, int)  # the tokenising stage has checked that there is an EOS
+    return pad_id
 
 
 @contextmanager

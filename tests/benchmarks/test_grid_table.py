@@ -117,11 +117,11 @@ def test_a_trial_without_results_says_why(tmp_path: Path) -> None:
     trial = Trial(Cell("tiny", "npo", "adamw"), Choice(), 0)
     run = RunDir(tmp_path / "trials" / trial.id)
     assert read_outcome(trial, tmp_path, halved=False).state == "missing"
+    run.finish(CRASHED, MARK_KEY, {"reason": "it broke off"})
+    assert read_outcome(trial, tmp_path, halved=False).reason == "it broke off"
     run.finish(STOPPED, MARK_KEY, {"epochs": [{"epoch": 0}, {"epoch": 2}]})
     stopped = read_outcome(trial, tmp_path, halved=False)
     assert stopped.state == "stopped" and "epoch 2" in stopped.reason
-    run.finish(CRASHED, MARK_KEY, {"reason": "it broke off"})
-    assert read_outcome(trial, tmp_path, halved=False).reason == "it broke off"
     run.finish(FAILED, MARK_KEY, {"reason": "the forget loss is not finite"})
     found = read_outcome(trial, tmp_path, halved=False)
     assert (found.state, found.reason) == ("failed", "the forget loss is not finite")

@@ -15,6 +15,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from cluster.checks.job import entrypoint_complaints
 from cluster.validate import complaints
 
 CLUSTER = Path(__file__).resolve().parents[2] / "cluster"
@@ -174,6 +175,50 @@ MISTAKES: dict[str, tuple[str, str, Any, str]] = {
     "flag that is not there": (JOB, "spec.entrypoint", replaced("--num-workers", "--workers"), "unknown flag --workers"),
     "setting out of range": (JOB, "spec.entrypoint", replaced("--num-workers 4", "--num-workers 0"), "num-workers"),
     "flag of the grid": (GRID, "spec.entrypoint", replaced("--seeds", "--sedes"), "unknown flag --sedes"),
+    "more workers than GPUs": (
+        JOB,
+        "spec.entrypoint",
+        replaced("--num-workers 4", "--num-workers 25"),
+        "25 GPUs, the workers can grow to 24",
+    ),
+    "workers on CPUs that are not there": (
+        JOB,
+        "spec.entrypoint",
+        replaced("--num-workers 4 --min-workers 2 --device gpu", "--num-workers 400 --device cpu"),
+        "needs 400 CPUs",
+    ),
+    "grid that its own settings refuse": (
+        GRID,
+        "spec.entrypoint",
+        replaced("--engine single", "--engine single --search asha --isolated"),
+        "asha search needs runs that share processes",
+    ),
+    "grid of a method and optimizer that do not go together": (
+        GRID,
+        "spec.entrypoint",
+        replaced("--engine single", "--engine fsdp --optimizers sophia_h"),
+        "sophia_h",
+    ),
+    "grid into a folder": (GRID, "spec.entrypoint", replaced("s3://my-bucket/runs/grid", "/cache/grid"), "Name a bucket"),
+    "grid with a cache that no store can have": (
+        GRID,
+        "spec.entrypoint",
+        replaced("s3://my-bucket/cache", "s3://my-bucket"),
+        "at least one name",
+    ),
+    "model that is nowhere": (
+        GRID,
+        "spec.entrypoint",
+        replaced("meta-llama/Llama-3.2-1B-Instruct", "models/llama/1b"),
+        "model folder models/llama/1b does not exist",
+    ),
+    "rows that are nowhere": (JOB, "spec.entrypoint", replaced("locuslab/TOFU", "data/tofu/rows"), "data/tofu/rows: no such folder"),
+    "more tokens than the model takes": (
+        GRID,
+        "spec.entrypoint",
+        replaced("meta-llama/Llama-3.2-1B-Instruct --finetune --seeds 3 --data locuslab/TOFU", "tiny-s --num-authors 20 --max-length 9999"),
+        "the model takes at most",
+    ),
     "results that go with the cluster": (JOB, "spec.entrypoint", replaced("s3://my-bucket/runs/tofu", "runs/tofu"), "Name a bucket"),
     "cluster that stays": (JOB, "spec.shutdownAfterJobFinishes", False, "shutdownAfterJobFinishes"),
     "lost head is not repeated": (JOB, "spec.backoffLimit", 0, "backoffLimit"),
@@ -275,6 +320,41 @@ def test_a_broken_file_is_rejected(name: str) -> None:
 def test_a_stack_with_a_misspelt_resource_is_rejected() -> None:
     text = (CLUSTER / "aws-stack.yaml").read_text(encoding="utf-8")
     assert any("AWS::S3::Buckets" in line for line in complaints(text.replace("AWS::S3::Bucket\n", "AWS::S3::Buckets\n")))
+
+
+def commands_in(text: str) -> list[str]:
+    """The scripts that a page submits to a cluster, each on one line."""
+    joined = re.sub(r"\\\n\s*", " ", text)
+    return re.findall(r"-- (python pipelines/\S+\.py (?!\.\.\.)[^\n`]+)", joined)
+
+
+# what differs in the name of its folder alone is the same command
+PAGES = ("README.md", "cluster/README.md", "docs/clusters.md", "docs/grids.md", "docs/scaling.md")
+TOLD = [command for page in PAGES for command in commands_in((CLUSTER.parent / page).read_text(encoding="utf-8"))]
+COMMANDS = sorted({re.sub(r"/runs/\w+", "/runs/x", command) for command in TOLD})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_the_pages_submit_passes_its_own_checks(command: str) -> None:
+    assert list(entrypoint_complaints("it", command, must_last="://" in command)) == []
+
+
+def test_the_pages_submit_runs_and_grids() -> None:
+    assert {"tofu.py", "grid.py"} <= {command.split()[1].rpartition("/")[2] for command in COMMANDS}
+
+
+def test_what_cannot_be_checked_from_here_is_named_and_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOUL_STORE_COPIES", str(tmp_path / "copies"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")  # nobody listens: the bucket of the file is not asked
+    monkeypatch.chdir(tmp_path)
+    notes: list[str] = []
+    assert list(complaints((CLUSTER / GRID).read_text(encoding="utf-8"), notes)) == []
+    assert [re.sub(r":.*", "", note) for note in notes] == ["model meta-llama/Llama-3.2-1B-Instruct", "rows locuslab/TOFU"]
+    entrypoint = "python pipelines/unlearn.py --model /cache/m --forget s3://b/f.jsonl --retain mine.jsonl --output gs://my-bucket/r"
+    notes.clear()
+    assert list(entrypoint_complaints("it", entrypoint, must_last=True, notes=notes)) == []
+    assert notes == ["model /cache/m: on a disk of the nodes", "rows s3://b/f.jsonl: on a store, which is not asked"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command_names_file_and_mistake_and_exits_with_2(tmp_path: Path) -> None:
