@@ -31,7 +31,7 @@ from soul.orchestration.examiners import Exam
 from soul.orchestration.outcome import write_outcome
 from soul.orchestration.prepare import Prepared, given_model
 from soul.orchestration.progress import Display
-from soul.orchestration.recovery import TrainingStopped
+from soul.orchestration.recovery import TrainingStopped, located
 from soul.orchestration.shared import Shared, judge_shared, retrained_of, share, target_of
 from soul.orchestration.train import fit, on_this_node
 from soul.records import InputError
@@ -189,7 +189,8 @@ def fit_here(job: TrainJob, *, name: str, on_progress: object = None, on_epoch: 
         torch.cuda.reset_peak_memory_stats(engine.device)
     kept = checkpoints(folder)
     save = partial(_save, folder=folder, keep=job.train.keep_checkpoints)
-    result = run_job(job, engine, resume_from=kept[-1] if kept else None, save_checkpoint=save, on_epoch=on_epoch)
+    with located(engine, job.needs):
+        result = run_job(job, engine, resume_from=kept[-1] if kept else None, save_checkpoint=save, on_epoch=on_epoch)
     if not on_gpu:
         result.peak_memory_bytes = 0  # the process's peak, to which the trials before this one belong as well
     return result
