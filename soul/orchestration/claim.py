@@ -15,7 +15,7 @@ from soul.records import InputError
 from soul.rundir import RunDir, digest, write_atomically
 from soul.store import attach, check_writable, holds
 from soul.train.config import CADENCE
-from soul.train.engine import PLACEMENT
+from soul.train.engine import PLACEMENT, Precision
 
 # Where a run lies and how it is watched does not make it another run.
 _INCIDENTAL = {"output", "cache", "address", "resume", "progress", "verbose"}
@@ -88,14 +88,22 @@ def mark_done(config: Config, inputs: Any) -> None:
     run_dir(config).finish(_STAGE, _key(_settings(config), inputs), {})
 
 
-def decided_run(config: Config, device: Device) -> Config:
-    """The run with the driver's decision in it. One that is continued keeps the precision that it began with, on whatever device."""
-    run = run_dir(config)
-    kept = run.finished(_PRECISION, _AUTO) if config.engine.precision == "auto" else None
-    decided = config.decided(device, None if kept is None else kept["precision"])
+def decided_run(config: Config, device: Device, precision: Precision | None = None) -> Config:
+    """The run with the driver's decision in it. One that is continued keeps the precision that it began with, on whatever device.
+
+    `precision`: that of a grid, whose trials are to be compared; None is what the device is made for.
+    """
+    kept = begun_in(config)
+    decided = config.decided(device, kept or precision)
     if config.engine.precision == "auto" and kept is None:
-        run.finish(_PRECISION, _AUTO, {"precision": decided.engine.precision})
+        run_dir(config).finish(_PRECISION, _AUTO, {"precision": decided.engine.precision})
     return decided
+
+
+def begun_in(config: Config) -> Precision | None:
+    """The precision that a run with an open choice began with; None for one that has not begun, or was told."""
+    kept = run_dir(config).finished(_PRECISION, _AUTO) if config.engine.precision == "auto" else None
+    return None if kept is None else kept["precision"]
 
 
 def _key(settings: dict[str, Any], inputs: Any) -> str:

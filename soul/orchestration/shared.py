@@ -87,11 +87,11 @@ def _asked(config: Config, shared: Shared, display: Display) -> list[tuple[Judge
     return [(judge, Asked(kind, model.path, model.key, cache_of(config) / "evaluations")) for kind, model in models.items()]
 
 
-def make_shared(configs: Sequence[Config], display: Display, *, slots: int) -> list[Shared]:
-    """Everything that these runs share; returns each one's view of it. `slots`: trainings or evaluations at a time."""
+def make_shared(configs: Sequence[Config], display: Display, *, trainings: int, room: int) -> list[Shared]:
+    """Everything that these runs share; returns each one's view of it. `trainings` at a time; `room`: examiners at a time."""
     views = [share(config) for config in configs]
     firsts = {config.model.model_dump_json(): (config, view) for config, view in reversed(list(zip(configs, views, strict=True)))}
     models = [partial(model_of, config, kind, view, display) for config, view in firsts.values() for kind in kinds_of(config)]
-    run_together(models, slots=slots)
-    judge_together([asked for config, view in firsts.values() for asked in _asked(config, view, display)], room=slots)
+    run_together(models, slots=trainings)
+    judge_together([asked for config, view in firsts.values() for asked in _asked(config, view, display)], room=room)
     return views

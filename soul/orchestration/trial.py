@@ -34,7 +34,7 @@ from soul.orchestration.examiners import Exam
 from soul.orchestration.outcome import write_outcome
 from soul.orchestration.prepare import Prepared
 from soul.orchestration.progress import Display
-from soul.orchestration.recovery import TrainingStopped
+from soul.orchestration.recovery import TrainingStopped, located
 from soul.orchestration.shared import Shared, judge_shared, retrained_of, share, target_of
 from soul.orchestration.train import METRICS, fit, on_this_node
 from soul.records import InputError
@@ -65,7 +65,7 @@ def run_trial(params: dict[str, Any], common: dict[str, Any]) -> None:
     if attempt.is_one_too_many:
         return _give_up(run, CRASHED, attempt.reason, asked)
     with attempt:
-        config = decided_run(asked, common["device"])
+        config = decided_run(asked, common["device"], common["precision"])
         report, sources = Reporter(floor=common["floor"]), common["rows"][config.train.seed]
         try:
             work(asked, config, sources, command=common["command"], isolated=told["isolated"], report=report)
@@ -205,14 +205,15 @@ def fit_here(job: TrainJob, *, name: str, on_progress: object = None, on_epoch: 
         torch.cuda.reset_peak_memory_stats(engine.device)
     pull_file(metrics)
     kept = [path for path in checkpoints(folder)[-1:] if pull(path)]
-    result = run_job(
-        job,
-        engine,
-        resume_from=kept[-1] if kept else None,
-        save_checkpoint=partial(_save, metrics=metrics, folder=folder, keep=job.train.keep_checkpoints),
-        on_epoch=on_epoch,
-        publish=partial(_publish, metrics, Path(job.export)),
-    )
+    with located(engine, job.needs):
+        result = run_job(
+            job,
+            engine,
+            resume_from=kept[-1] if kept else None,
+            save_checkpoint=partial(_save, metrics=metrics, folder=folder, keep=job.train.keep_checkpoints),
+            on_epoch=on_epoch,
+            publish=partial(_publish, metrics, Path(job.export)),
+        )
     if not on_gpu:
         result.peak_memory_bytes = 0  # the process's peak, to which the trials before this one belong as well
     return result

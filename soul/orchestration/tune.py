@@ -23,12 +23,11 @@ from ray.tune.logger import JsonLoggerCallback, TBXLoggerCallback
 from soul.benchmarks.grid import Trial
 from soul.benchmarks.outcomes import CRASHED, MARK_KEY, REFERENCES, STOPPED, reference_folder
 from soul.config import Config
-from soul.device import Device
 from soul.grid_config import GridConfig
 from soul.object_store import find
 from soul.orchestration.attempts import BACKSTOP
 from soul.orchestration.capacity import room_for
-from soul.orchestration.claim import claim, is_done, run_dir
+from soul.orchestration.claim import begun_in, claim, is_done, run_dir
 from soul.orchestration.cluster import cluster
 from soul.orchestration.data import Sources, cache_of
 from soul.orchestration.disks import check_disks
@@ -41,6 +40,7 @@ from soul.orchestration.shared import Shared, judge_shared, make_shared, share
 from soul.orchestration.trial import failure_of, nested_epoch, run_trial, stopped_at
 from soul.rundir import RunDir
 from soul.store import attach, is_uri, path_of, place_of, ray_storage
+from soul.train.engine import EngineConfig
 
 # Tune's own tables and bars would print settings line by line; its handler of Ctrl-C would swallow it.
 TUNE_ENVIRONMENT = {
@@ -95,9 +95,11 @@ def run_grid(config: GridConfig) -> list[Planned]:
         given = {f"--models {item.trial.cell.model}": item.config.model.path for item in planned}
         check_disks(written={"--output": config.output, "--cache": config.cache}, read={**given, "--retrained": config.retrained})
         slots = room_for(engine.num_workers, device)
-        views = make_shared([item.config.decided(device) for item in planned], display, slots=room_for(1, device))
-        for model, item in {item.trial.cell.model: item for item in planned}.items():
-            _keep_references(path_of(config.output), model, item.config.decided(device), display)
+        precision = next((begun for item in planned if (begun := begun_in(item.config)) is not None), None)  # one for the whole grid
+        decided = [item.config.decided(device, precision) for item in planned]
+        views = make_shared(decided, display, trainings=slots, room=room_for(1, device))
+        for model, run in {item.trial.cell.model: run for item, run in zip(planned, decided, strict=True)}.items():
+            _keep_references(path_of(config.output), model, run, display)
         undone = [item for item, view in zip(planned, views, strict=True) if _is_undone(item, view)]
         run_together([partial(claim, item.config) for item in undone], slots=AT_ONCE)
         if len(undone) < len(planned):
@@ -106,7 +108,7 @@ def run_grid(config: GridConfig) -> list[Planned]:
             # halving compares with all that went before, so the finished ones are heard again
             again = planned if config.search == "asha" else undone
             rows = {item.config.train.seed: view.sources for item, view in zip(planned, views, strict=True)}
-            _search(config, again, rows, display, device, slots=min(slots, config.max_concurrent or slots))
+            _search(config, again, rows, display, decided[0].engine, slots=min(slots, config.max_concurrent or slots))
     return planned
 
 
@@ -126,17 +128,18 @@ def _is_undone(item: Planned, view: Shared) -> bool:
 
 
 def _search(
-    config: GridConfig, planned: Sequence[Planned], rows: Mapping[int, Sources], display: Display, device: Device, *, slots: int
+    config: GridConfig, planned: Sequence[Planned], rows: Mapping[int, Sources], display: Display, engine: EngineConfig, *, slots: int
 ) -> None:
     """`rows` by seed. They travel as arguments do, from the memory of the driver: a node may not have the disk that they were read from."""
     isolated = planned[0].isolated
     # A Ray Train run's workers take CPUs of their own: a trial that held even a hundredth of one would wait for ever where they need all.
     needs = {"memory": 2.0**20} if isolated else {"CPU": 1.0}
-    if not isolated and device == "gpu":
+    if not isolated and engine.runs_on == "gpu":
         needs["GPU"] = 1.0
     common = {
         "floor": config.utility_floor,
-        "device": device,
+        "device": engine.runs_on,
+        "precision": engine.computes_in,
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "cache": place_of(cache_of(planned[0].config)),
         "rows": dict(rows),

@@ -19,13 +19,17 @@ from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from soul.config import Config
-from soul.orchestration import recovery
+from soul.objectives.methods import NPO
+from soul.optim.configs import AdamWConfig
+from soul.orchestration import recovery, trial
 from soul.orchestration.capacity import card_kinds
 from soul.orchestration.pipeline import computes
 from soul.orchestration.recovery import RankFailed, TrainingStopped, explained, located, newest_step, poll_workers, refuse_small, renews
 from soul.plan import ModelShape, plan_run
 from soul.records import InputError
+from soul.train.config import TrainConfig
 from soul.train.engine import EngineConfig, Need
+from soul.train.job import TrainJob
 
 LOST = WorkerHealthCheckFailedError("rank 1", failure=ActorDiedError())
 BROKEN = RuntimeError("Connection closed by peer")
@@ -108,3 +112,14 @@ def test_several_kinds_of_card_are_named(monkeypatch: pytest.MonkeyPatch) -> Non
     assert computes(engine, ["A10G"]) == "5 worker(s) on GPUs (A10G), in bf16 over fp32 weights"
     assert computes(EngineConfig(precision="fp32").decided("gpu"), []) == "1 worker(s) on GPUs, in fp32 with TF32 products"
     assert computes(EngineConfig().decided("cpu"), []) == "1 worker(s) on CPUs, in fp32"
+
+
+def test_a_trial_in_its_own_process_tells_of_a_full_card_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(trial, "run_job", full)
+    engine = EngineConfig().decided("cpu")
+    job = TrainJob(str(tmp_path), str(tmp_path), str(tmp_path), NPO(), AdamWConfig(), TrainConfig(), engine, {})
+    with pytest.raises(RankFailed, match=r"rank 0 on .* ran out of GPU memory \(CUDA .* 2\.00 GiB\.\).*--micro-batch-size"):
+        trial.fit_here(job, name="x", on_epoch=lambda row: None)
