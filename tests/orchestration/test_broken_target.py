@@ -45,9 +45,10 @@ def test_a_trial_keeps_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(trial, "work", broken)
     monkeypatch.setattr(trial, "run_dir", lambda config: kept)
     monkeypatch.setattr(trial.Config, "model_validate_json", lambda text: config)
+    monkeypatch.setattr(trial, "decided_run", lambda config, device: config)
     monkeypatch.setattr(trial.tune, "report", lambda row: told.update(report=row))
     (tmp_path / "config.json").write_text("{}")
     threads = torch.get_num_threads()
-    trial.run_trial({"run": {"folder": str(tmp_path), "isolated": False}}, {"floor": 0.0, "command": []})
+    trial.run_trial({"run": {"folder": str(tmp_path), "isolated": False}}, {"floor": 0.0, "command": [], "device": "cpu"})
     torch.set_num_threads(threads)
     assert told["finish"] == {"reason": str(NonFiniteReference())} and told["report"] == {"failed": 1.0, "epoch": 3}
