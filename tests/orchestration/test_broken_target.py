@@ -14,9 +14,10 @@ pytest.importorskip("ray")
 
 import ray.train
 
+from soul.config import Config
 from soul.models.load import load_model, load_tokenizer, save_model
-from soul.orchestration import trial
-from soul.orchestration.train import train_worker
+from soul.orchestration import train, trial
+from soul.rundir import RunDir
 from soul.train.reference import NonFiniteReference
 from tests.train.reference_runs import job_in, write_target
 
@@ -27,11 +28,12 @@ def test_a_worker_returns_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with torch.no_grad():
         next(model.parameters()).fill_(torch.nan)
     save_model(tmp_path / "broken", model, load_tokenizer(str(tmp_path / "target")))
-    only = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1, get_local_rank=lambda: 0)
+    only = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1, get_local_rank=lambda: 0, get_local_world_size=lambda: 1)
     monkeypatch.setattr(ray.train, "get_context", lambda: only)
     monkeypatch.setattr(ray.train, "get_checkpoint", lambda: None)
+    monkeypatch.setattr(train, "Staging", lambda *args: SimpleNamespace(open=lambda checkpoint: None))
     job = replace(job_in(tmp_path, tmp_path / "run", name="single"), model=str(tmp_path / "broken"))
-    found = train_worker({"job": job, "threads": torch.get_num_threads()})
+    found = train.train_worker({"job": job, "threads": torch.get_num_threads()})
     assert found == {"error": "the target gives some forget rows a log-probability that is not finite; check the model's weights"}
 
 
@@ -41,13 +43,13 @@ def test_a_trial_keeps_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def broken(*args: object, **kwargs: object) -> None:
         raise NonFiniteReference
 
-    config, kept = SimpleNamespace(train=SimpleNamespace(epochs=2)), SimpleNamespace(finish=lambda *args: told.update(finish=args[-1]))
+    config = Config.model_validate({"method": "npo", "output": str(tmp_path), "train": {"epochs": 2, "seed": 3}})
+    (tmp_path / "config.json").write_text(config.model_dump_json())
     monkeypatch.setattr(trial, "work", broken)
-    monkeypatch.setattr(trial, "run_dir", lambda config: kept)
-    monkeypatch.setattr(trial.Config, "model_validate_json", lambda text: config)
-    monkeypatch.setattr(trial.tune, "report", lambda row: told.update(report=row))
-    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(trial.tune, "report", told.update)
+    common = {"floor": 0.0, "command": [], "device": "cpu", "cache": str(tmp_path / "cache"), "session": "one", "rows": {3: None}}
     threads = torch.get_num_threads()
-    trial.run_trial({"run": {"folder": str(tmp_path), "isolated": False}}, {"floor": 0.0, "command": []})
+    trial.run_trial({"run": {"folder": str(tmp_path), "isolated": False}}, common)
     torch.set_num_threads(threads)
-    assert told["finish"] == {"reason": str(NonFiniteReference())} and told["report"] == {"failed": 1.0, "epoch": 3}
+    assert trial.failure_of(RunDir(tmp_path)) == str(NonFiniteReference())
+    assert told == {"failed": 1.0, "epoch": 3}

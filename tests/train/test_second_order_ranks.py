@@ -168,7 +168,7 @@ def test_the_influence_step_moved_the_weights(oracle: dict[str, Any]) -> None:
 
 
 def planned(engine: dict[str, Any]) -> dict[str, int]:
-    config = Config.model_validate({"method": "influence", "engine": {"num_workers": 2, **engine}})
+    config = Config.model_validate({"method": "influence", "engine": {"num_workers": 2, **engine}}).decided("cpu")
     shape = shape_of(tiny_llama(), hidden_size=24, intermediate_size=36, vocab_size=VOCAB)
     return {item.name: item.num_bytes for item in memory_per_worker(config, shape, tokens=1, num_forget=1)}
 
