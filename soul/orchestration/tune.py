@@ -193,8 +193,8 @@ def _note_unfinished(results: ResultGrid) -> None:
             cause = getattr(result.error, "cause", None) or result.error
             run.finish(CRASHED, MARK_KEY, {"reason": f"it broke off ({type(cause).__name__}); see error.txt in tune/, and run again"})
         elif not run.results.is_file() and "failed" not in (result.metrics or {}) and result.metrics_dataframe is not None:
-            rows = [nested_epoch(row) for row in result.metrics_dataframe.to_dict("records")]
-            run.finish(STOPPED, MARK_KEY, {"epochs": rows})
+            rows = {row["epoch"]: nested_epoch(row) for row in result.metrics_dataframe.to_dict("records")}  # of the last attempt
+            run.finish(STOPPED, MARK_KEY, {"epochs": list(rows.values())})
 
 
 def run_dir_of(config: dict[str, Any] | None) -> RunDir:
