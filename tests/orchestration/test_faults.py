@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -146,27 +147,34 @@ def test_a_model_whose_weights_are_not_numbers_is_told_before_training(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A megabyte and a half, for those who may mount."""
+    """Three megabytes, for those who may mount."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
         pytest.skip("no permission to mount a small disk")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+def fill(disk: Path) -> None:
+    with suppress(OSError), (disk / "ballast").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
 @pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(finished: Finished, uninterrupted: Path, small_disk: Path) -> None:
-    many = long_job(finished, small_disk)
-    job = replace(
-        many,
-        train=many.train.model_copy(update={"keep_checkpoints": 50}),
-        engine=many.engine.model_copy(update={"max_failures": 0}),
-    )
+    """Known to be too small it stops before the first step; filled by somebody else, in the middle."""
+    made = long_job(finished, small_disk)
+    job = replace(made, engine=made.engine.model_copy(update={"max_failures": 0}))
+    greedy = replace(job, train=job.train.model_copy(update={"keep_checkpoints": 50}))
+    with pytest.raises(TrainingStopped, match=r"^node \S+ \S+ needs about .* for checkpoints and model, its disk has .* free\."):
+        fit(greedy, name="full")
+    assert num_lines(small_disk / "metrics.jsonl") == 0
     with pytest.raises(TrainingStopped, match=r"No space left on device.*The last checkpoint is kept"):
-        fit(job, name="full")
-    subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
+        fit(job, name="full", on_progress=lambda step, total: fill(small_disk) if step >= 40 else None)
+    (small_disk / "ballast").unlink()
     fit(job, name="full")
     same(small_disk, uninterrupted)
 
