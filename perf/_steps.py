@@ -43,7 +43,7 @@ def run_steps(
     telemetry_every: int | None = None,
     engine: Engine | None = None,
 ) -> Run:
-    """`steps` steps at a constant rate on one device, batches made as they are used. `engine`: a prepared one, of one rank (None: single)."""
+    """`steps` steps at a constant rate on one device, batches made as they are used. `engine`: prepared, of one rank (None: single)."""
     run = Run()
 
     def after_step(row: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from perf.gpu._models import random_model, room
 from soul.data.chat import ChatFormat
 from soul.device import torch_device
 from soul.evaluate.evaluator import positions
-from soul.evaluate.generate import generate_batch, stop_ids
+from soul.evaluate.generate import generate_batch
 from soul.evaluate.plan import GenerateItem, ScoreItem, plan_evaluation, run_item
 from soul.evaluate.settings import EvalSettings
 from soul.models.load import save_model
@@ -93,13 +93,12 @@ def _serve(options: argparse.Namespace, workload: Workload, device: torch.device
 
 
 def _evaluate(options: argparse.Namespace, workload: Workload, device: torch.device, found: dict[str, Any]) -> None:
-    """As an examiner runs it: the model in the precision's own type, one item of the plan after the other."""
+    """As an examiner runs it: the model in the precision's own type, one item of the plan after the other. No answer ends by itself."""
     models = {precision: _model(options, workload, device, precision) for precision in options.precisions}
     tokenizer, model = workload.tokenizer, next(iter(models.values()))
     settings = EvalSettings(max_new_tokens=options.new_tokens)
-    eos_ids = stop_ids(model.generation_config, tokenizer)
     splits = {"forget": tuple(workload.records["forget"])}
-    plan = plan_evaluation(splits, tokenizer, settings, chat=ChatFormat(), eos_ids=eos_ids, max_length=positions(model.config))
+    plan = plan_evaluation(splits, tokenizer, settings, chat=ChatFormat(), eos_ids=(), max_length=positions(model.config))
     for name, kind in PASSES.items():
         items = [item for item in plan.items if isinstance(item, kind)]
         amount = sum(len(item.asks) for item in items)

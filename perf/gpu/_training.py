@@ -140,7 +140,7 @@ def measure(options: argparse.Namespace) -> None:
 def _workload(options: argparse.Namespace, model: str, precision: str) -> Workload:
     made = make_workload(
         model=model,
-        device=options.device,
+        device=torch_device(options.device).type,
         precision=precision,
         rows=options.rows,
         batch_size=options.batch_size,
