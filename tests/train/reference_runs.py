@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -158,10 +158,14 @@ def module_digest(model: nn.Module) -> str:
     return hashed.hexdigest()
 
 
+def label(settings: Mapping[str, Any]) -> str:
+    return ", ".join([settings["name"], *(f"{key} {value}" for key, value in settings.items() if key != "name")])
+
+
 def scored(rank: int, world: int, folder: str, settings: dict[str, Any]) -> dict[str, Any]:
     """An engine's numbers, twice, and what it read; with adapters, their numbers before and after they were trained."""
     root, store = Path(folder), forget(Path(folder))
-    run_dir = root / "-".join([*map(str, settings.values()), str(world)])
+    run_dir = root / f"{label(settings)}, {world}"
     job = job_in(root, run_dir, num_workers=world, **settings)
     with watched() as reading:
         engine = prepared(job, rank, world)

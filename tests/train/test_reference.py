@@ -26,7 +26,7 @@ from soul.train.loop import Progress
 from soul.train.lora import add_adapters
 from soul.train.reference import NonFiniteReference, make_reference, reference_path
 from tests.distributed import spawn
-from tests.train.reference_runs import LORA_RANK, NUM_ROWS, forget, job_in, module_digest, prepared, refused, scored, write_target
+from tests.train.reference_runs import LORA_RANK, NUM_ROWS, forget, job_in, label, module_digest, prepared, refused, scored, write_target
 
 pytest.importorskip("peft")
 ADAPTED: dict[str, Any] = {"lora_rank": LORA_RANK}
@@ -38,10 +38,6 @@ IN_PROCESS = [{"name": "single"}, {"name": "single"} | ADAPTED, {"name": "ddp"} 
 STAGES = [{"name": "deepspeed", "zero_stage": stage} | more for stage in (1, 2) for more in ({}, ADAPTED)]
 IN_BF16 = [settings | {"precision": "bf16"} for settings in RUNS if settings != {"name": "deepspeed"} | ADAPTED]
 BROKEN = "the target gives some forget rows a log-probability that is not finite; check the model's weights"
-
-
-def label(settings: Mapping[str, Any]) -> str:
-    return "-".join(map(str, settings.values()))
 
 
 def ranks_that_score(rank: int, world: int, folder: str, runs: list[dict[str, Any]], broken: list[str]) -> dict[str, Any]:
@@ -160,7 +156,7 @@ def test_bf16_has_the_numbers_of_its_engine_at_any_number_of_ranks(folder: Path,
         for world in ranks:
             check(ranks[world], settings, oracle, rtol=0.03)
         assert ranks[1][0][label(settings)]["file"] == ranks[2][0][label(settings)]["file"]
-    assert ranks[1][0]["ddp-bf16"]["file"] != ranks[1][0]["fsdp-bf16"]["file"]
+    assert ranks[1][0]["ddp, precision bf16"]["file"] != ranks[1][0]["fsdp, precision bf16"]["file"]
 
 
 # --- a whole job
