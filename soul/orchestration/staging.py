@@ -16,8 +16,9 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train import Checkpoint, CheckpointUploadMode, collective
+from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode, collective
 
+from soul.object_store import send
 from soul.optim.configs import OptimizerConfig
 from soul.preflight import check_room
 from soul.records import InputError
@@ -75,12 +76,13 @@ class Staging:
                 shutil.rmtree(found, ignore_errors=True)
 
     def save(self, engine: Engine, progress: Progress) -> None:
-        """Write and register a checkpoint. Collective."""
+        """Write a checkpoint; returns once it is in Ray Train's books, so that a failure of the next moment does not lose it. Collective."""
         name = f"step_{progress.step:08d}"
         if is_uri(self.run_dir):
             self._upload(engine, progress, name)
         else:
             self._move(engine, progress, name)
+        ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
 
     def _move(self, engine: Engine, progress: Progress, name: str) -> None:
         storage: Any = ray.train.get_context().get_storage()
@@ -102,9 +104,24 @@ class Staging:
         shutil.rmtree(staged, ignore_errors=True)
         try:
             engine.save(staged, progress.to_json())
-            ray.train.report({"step": progress.step}, checkpoint=Checkpoint.from_directory(str(staged)), checkpoint_dir_name=name)
+            ray.train.report(
+                {"step": progress.step},
+                checkpoint=Checkpoint.from_directory(str(staged)),
+                checkpoint_dir_name=name,
+                checkpoint_upload_fn=self._sent,
+            )
         finally:
             shutil.rmtree(staged, ignore_errors=True)
+
+    def _sent(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
+        """Upload a rank's part. Ray's own copy (pyarrow's) does not hear of a file that the store refuses when it is closed."""
+        storage: Any = ray.train.get_context().get_storage()
+        place = storage.build_checkpoint_path_from_name(name)
+        scheme = self.run_dir.partition("://")[0]
+        for file in sorted(Path(checkpoint.path).rglob("*")):
+            if file.is_file():
+                send(file, f"{scheme}://{place}/{file.relative_to(checkpoint.path).as_posix()}")
+        return Checkpoint(str(place), filesystem=storage.storage_filesystem)
 
     def is_loaded(self, engine: Engine, job: TrainJob) -> None:
         """The engine has its weights: see whether there is room for what it is going to write. Collective.
