@@ -13,7 +13,7 @@ export RAY_AUTH_MODE ?= token
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-kills check format bench bench-gpu serve constraints clean
+.PHONY: help install demo test test-slow test-kills check format bench serve constraints clean
 
 help: ## this page
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -61,10 +61,6 @@ format: install ## rewrite the files as `check` wants them
 
 bench: install ## speed and memory comparisons, one script of perf/ after the other
 	@for script in perf/[!_]*.py; do echo "== $$script"; $(RUN) $$script || exit 1; done
-
-bench-gpu: install ## the scripts of perf/gpu, on one GPU and without Ray (docs/speed.md)
-	$(RUN) -m perf.gpu.steps --json bench-gpu-steps.json $(ARGS)
-	$(RUN) -m perf.gpu.serving --json bench-gpu-serving.json $(ARGS)
 
 serve: install ## OpenAI-style HTTP server for the models of RUNS
 	$(RUN) pipelines/serve.py $(RUNS) $(ARGS)

@@ -13,7 +13,7 @@ from soul.device import seen
 from soul.objectives.methods import NPO, GradDiff, Method
 from soul.optim.configs import AdamWConfig, OptimizerConfig, SophiaConfig
 from soul.train.config import TrainConfig
-from soul.train.engine import Engine, EngineConfig
+from soul.train.engine import EngineConfig
 from soul.train.loop import Hooks, Progress, train
 from soul.train.single import SingleEngine
 
@@ -34,16 +34,9 @@ class Run:
 
 
 def run_steps(
-    workload: Workload,
-    feed: LocalFeed,
-    method: Method,
-    optimizer: OptimizerConfig,
-    *,
-    steps: int,
-    telemetry_every: int | None = None,
-    engine: Engine | None = None,
+    workload: Workload, feed: LocalFeed, method: Method, optimizer: OptimizerConfig, *, steps: int, telemetry_every: int | None = None
 ) -> Run:
-    """`steps` steps at a constant rate on one device, batches made as they are used. `engine`: prepared, of one rank (None: single)."""
+    """`steps` steps at a constant rate on one device, batches made as they are used."""
     run = Run()
 
     def after_step(row: dict[str, Any]) -> None:
@@ -59,8 +52,11 @@ def run_steps(
         max_steps=steps,
         telemetry_every=telemetry_every or TrainConfig().telemetry_every,
     )
+    engine = SingleEngine(EngineConfig(precision="bf16" if workload.precision == "bf16" else "fp32").decided(seen()))
+    engine.device = workload.device
+    engine.prepare(workload.build_model, lambda model: optimizer.build(model.named_parameters()))
     train(
-        engine or _single(workload, optimizer),
+        engine,
         method=method,
         optimizer=optimizer,
         config=train_config,
@@ -70,13 +66,6 @@ def run_steps(
         hooks=Hooks(after_step=after_step),
     )
     return run
-
-
-def _single(workload: Workload, optimizer: OptimizerConfig) -> SingleEngine:
-    engine = SingleEngine(EngineConfig(precision="bf16" if workload.precision == "bf16" else "fp32").decided(seen()))
-    engine.device = workload.device
-    engine.prepare(workload.build_model, lambda model: optimizer.build(model.named_parameters()))
-    return engine
 
 
 def compare_orders(workload: Workload, *, rounds: int, steps: int) -> list[Comparison]:

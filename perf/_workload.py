@@ -28,15 +28,6 @@ SPLITS = ("forget", "retain")
 # Llama shapes; `tiny` is the demo's. 50m is the largest that a CPU core steps in about a second.
 SHAPES: dict[str, dict[str, Any]] = {
     "50m": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8, "vocab_size": 32000},
-    "135m": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-    },
     "1b": {
         "hidden_size": 2048,
         "intermediate_size": 8192,

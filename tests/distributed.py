@@ -1,4 +1,4 @@
-"""Run a function on several ranks, each a process of its own with a process group (gloo's), and collect what they return."""
+"""Run a function on several ranks, each a process of its own with a gloo process group, and collect what they return."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
-def spawn(fn: Callable[..., Any], world: int, *args: Any, timeout_s: float = 120.0, backend: str = "gloo") -> list[Any]:
+def spawn(fn: Callable[..., Any], world: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
     """Call `fn(rank, world, *args)` on `world` ranks and return their results in rank order.
 
     `fn` must be a module-level function (a spawned process imports it by name) and its results picklable. A rank that raises ends the
@@ -27,9 +27,7 @@ def spawn(fn: Callable[..., Any], world: int, *args: Any, timeout_s: float = 120
     `timeout_s` are killed: TimeoutError.
     """
     with tempfile.TemporaryDirectory(prefix="soul-ranks-") as folder:
-        context = mp.start_processes(
-            _rank, (world, folder, _free_port(), backend, fn, args), nprocs=world, join=False, start_method="spawn"
-        )
+        context = mp.start_processes(_rank, (world, folder, _free_port(), fn, args), nprocs=world, join=False, start_method="spawn")
         deadline = time.monotonic() + timeout_s
         try:
             while not context.join(timeout=max(deadline - time.monotonic(), 0.0), grace_period=5.0):
@@ -43,7 +41,7 @@ def spawn(fn: Callable[..., Any], world: int, *args: Any, timeout_s: float = 120
         return [pickle.loads((Path(folder) / f"result{rank}").read_bytes()) for rank in range(world)]
 
 
-def _rank(rank: int, world: int, folder: str, port: int, backend: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(rank: int, world: int, folder: str, port: int, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     # what torchrun would set, for libraries that look there; gloo itself meets through a file and stays on loopback
     names = {
@@ -55,9 +53,7 @@ def _rank(rank: int, world: int, folder: str, port: int, backend: str, fn: Calla
         "MASTER_PORT": port,
     }
     os.environ.update({name: str(value) for name, value in names.items()} | {"GLOO_SOCKET_IFNAME": LOOPBACK})
-    if "nccl" in backend:
-        torch.cuda.set_device(rank)
-    dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     result = fn(rank, world, *args)
     (Path(folder) / f"result{rank}").write_bytes(pickle.dumps(result))
     dist.barrier()  # no rank leaves while another still talks to it
