@@ -47,7 +47,16 @@ def test_a_trial_keeps_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "config.json").write_text(config.model_dump_json())
     monkeypatch.setattr(trial, "work", broken)
     monkeypatch.setattr(trial.tune, "report", told.update)
-    common = {"floor": 0.0, "command": [], "device": "cpu", "cache": str(tmp_path / "cache"), "session": "one", "rows": {3: None}}
+    monkeypatch.setattr(trial, "decided_run", lambda asked, *told: asked)
+    common = {
+        "floor": 0.0,
+        "command": [],
+        "device": "cpu",
+        "precision": "fp32",
+        "cache": str(tmp_path / "cache"),
+        "session": "one",
+        "rows": {3: None},
+    }
     threads = torch.get_num_threads()
     trial.run_trial({"run": {"folder": str(tmp_path), "isolated": False}}, common)
     torch.set_num_threads(threads)
