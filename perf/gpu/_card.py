@@ -70,8 +70,6 @@ def random_llama(name: str, *, seed: int, device: torch.device) -> StoredModel:
 def loaded_llama(name: str, *, seed: int, device: torch.device, dtype: torch.dtype) -> Any:
     """The same model with its weights on the device, to evaluate or serve."""
     source = random_llama(name, seed=seed, device=device)
-    for parameter in source.skeleton.parameters():
-        parameter.data = parameter.data.to(dtype)
     return in_memory(source, device=device, dtype=dtype).eval().requires_grad_(False)
 
 
