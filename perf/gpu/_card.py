@@ -59,9 +59,9 @@ class RandomWeights(Mapping[str, Tensor]):
 
 def random_llama(name: str, *, seed: int, device: torch.device) -> StoredModel:
     """A Llama of one of `MODELS`, which engines fill parameter by parameter."""
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    sizes = {**MODELS[name], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": POSITIONS}
     with parameters_without_storage():
-        model = LlamaForCausalLM(LlamaConfig(**MODELS[name], **ids, max_position_embeddings=POSITIONS))
+        model = LlamaForCausalLM(LlamaConfig(**sizes))
     model.config.use_cache = False
     shapes = {key: parameter.shape for key, parameter in model.named_parameters()}
     return StoredModel(model, RandomWeights(shapes, seed=seed, device=device))
@@ -166,7 +166,10 @@ class Report:
     def add(self, comparisons: Sequence[Comparison], measured: Sequence[Mapping[str, Any]]) -> None:
         print(f"\n{table(comparisons)}", flush=True)
         for row in measured:
-            print("    " + "  ".join(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}" for name, value in row.items()))
+            print(
+                "    "
+                + "  ".join(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}" for name, value in row.items())
+            )
         self._found["comparisons"] += [item.to_json() for item in comparisons]
         self._found["measured"] += [dict(row) for row in measured]
         self._write()

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,12 +75,12 @@ def measure(name: str, judged: Judged, options: argparse.Namespace, device: torc
         metrics[kind] = scores["forget"]["probability"]
     found, rows = [], []
     for part in PASSES:
-        sides = {kind: lambda kind=kind, part=part: clocked(kind, part) for kind in DTYPES}  # type: ignore[misc]
+        sides: dict[str, Callable[[], Moment]] = {kind: partial(clocked, kind, part) for kind in DTYPES}
         moments = interleaved(sides, rounds=options.rounds)
         walls = {kind: [moment.wall for moment in side] for kind, side in moments.items()}
         found.append(compare("evaluation", f"{name} {part}", ("bf16", walls["bf16"]), ("fp32", walls["fp32"]), unit="s"))
         for kind, side in walls.items():
-            peak = peak_bytes(lambda kind=kind, part=part: run(kind, part), device)  # type: ignore[misc]
+            peak = peak_bytes(partial(run, kind, part), device)
             speed, facts = judged.rows(part) / sorted(side)[len(side) // 2], {"model": name, "pass": part, "side": kind}
             rows.append({**facts, "rows": judged.rows(part), "rows_per_s": speed, "peak_bytes": peak, "forget_probability": metrics[kind]})
     return found, rows

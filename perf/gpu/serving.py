@@ -17,6 +17,7 @@ import queue
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def measure(
 ) -> tuple[list[Comparison], list[dict[str, Any]]]:
     prompts, count = prompts_of(name, batch, options), options.new_tokens
     ways: dict[str, Callable[[], Answers]] = {RAW: lambda: generated(model, prompts, count)}
-    ways |= {label: lambda engine=engine: answered(engine, prompts, count) for label, engine in found.items()}  # type: ignore[misc]
+    ways |= {label: partial(answered, engine, prompts, count) for label, engine in found.items()}
 
     def clocked(label: str) -> Moment:
         start = Moment.now(device)
@@ -104,7 +105,7 @@ def measure(
 
     wanted = ways[RAW]()
     equal = {label: sum(one == other for one, other in zip(way(), wanted, strict=True)) for label, way in ways.items()}  # warms up, too
-    moments = interleaved({label: lambda label=label: clocked(label) for label in ways}, rounds=options.rounds)  # type: ignore[misc]
+    moments = interleaved({label: partial(clocked, label) for label in ways}, rounds=options.rounds)
     speeds = {label: [batch * count / moment.wall for moment in side] for label, side in moments.items()}
     walls = {label: [moment.wall for moment in side] for label, side in moments.items()}
     rows = []
@@ -152,7 +153,8 @@ def serving_bytes(name: str, options: argparse.Namespace, *, width: int) -> int:
     heads = sizes["num_attention_heads"]
     per_token = 2 * sizes["num_hidden_layers"] * sizes["hidden_size"] // heads * sizes.get("num_key_value_heads", heads)
     positions = max(options.batches) * (options.prompt_tokens + options.new_tokens)
-    return width * (found.num_params * (2 if options.vllm else 1) + 2 * positions * per_token)
+    needed: int = width * (found.num_params * (2 if options.vllm else 1) + 2 * positions * per_token)
+    return needed
 
 
 if __name__ == "__main__":

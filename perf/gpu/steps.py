@@ -16,9 +16,10 @@ import argparse
 import gc
 import importlib.util
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -98,7 +99,8 @@ class Bench:
 
     def run(self, side: Side, *, steps: int) -> Moment:
         """Seconds a step over the last `steps`, behind the warm-up."""
-        config, moments = side.config(self.options), []  # type: ignore[var-annotated]
+        config = side.config(self.options)
+        moments: list[Moment] = []
         engine = make_engine(config.engine, rank=0, world=1, local_rank=0)
         eager = side.engine != "deepspeed"
         engine.prepare(
@@ -127,12 +129,12 @@ class Bench:
 
     def measure(self, sides: Sequence[Side]) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
         """Seconds a step per round, and what each side needs, beside the plan."""
-        work = {side.name: lambda side=side: self.run(side, steps=self.options.steps) for side in sides}  # type: ignore[misc]
+        work: dict[str, Callable[[], Moment]] = {side.name: partial(self.run, side, steps=self.options.steps) for side in sides}
         walls = {name: [moment.wall for moment in found] for name, found in interleaved(work, rounds=self.options.rounds).items()}
         tokens = 2 * self.options.rows * self.options.length
         rows = []
         for side in sides:
-            peak = peak_bytes(lambda side=side: self.run(side, steps=1), self.device)  # type: ignore[misc]
+            peak = peak_bytes(partial(self.run, side, steps=1), self.device)
             plan, step = self.predicted(side), sorted(walls[side.name])[len(walls[side.name]) // 2]
             facts = {"model": side.model, "method": side.method, "side": side.name, "step_s": step, "tokens_per_s": tokens / step}
             rows.append({**facts, "peak_bytes": peak, "predicted_bytes": plan, "predicted_over_measured": plan / peak})
@@ -205,7 +207,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with group_of_one(device):
         for model in options.models:
             for method in methods:
-                wanted = [Side(model, method, order, precision, engine) for engine in engines for precision in precisions for order in OPTIMIZERS]
+                wanted = [
+                    Side(model, method, order, precision, engine) for engine in engines for precision in precisions for order in OPTIMIZERS
+                ]
                 needs = {side: bench.predicted(side) for side in wanted}
                 sides = [side for side in wanted if needs[side] <= room]
                 for side in wanted:
