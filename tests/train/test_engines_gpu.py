@@ -116,8 +116,10 @@ def test_bf16_on_a_gpu_is_the_cpus_float32_rounded(label: str, optimizer: str, d
 
 @pytest.mark.parametrize("label", ["single", "fsdp", "zero 3"])
 @pytest.mark.parametrize("written_on", ["the device", "the cpu"])
-def test_a_checkpoint_goes_from_one_kind_of_device_to_the_other(label: str, written_on: str, device: Device, tmp_path: Path) -> None:
-    optimizer = "smooth sophia"
+@pytest.mark.parametrize("optimizer", SMOOTH)
+def test_a_checkpoint_goes_from_one_kind_of_device_to_the_other(
+    label: str, optimizer: str, written_on: str, device: Device, tmp_path: Path
+) -> None:
     places: tuple[Device, Device] = (device, "cpu") if written_on == "the device" else ("cpu", device)
     labels = (label, "single") if written_on == "the device" else ("single", label)
     wanted = straight_run(engine_of(labels[0], optimizer, places[0]), optimizer, tmp_path / "saved")
