@@ -34,14 +34,29 @@ def run(main: Callable[..., None], folder: Path, flags: str) -> dict[str, Any]:
 
 
 def test_steps_write_ratios_and_memory_beside_the_plans(tmp_path: Path) -> None:
-    found = run(steps.main, tmp_path, "--methods npo --engines fsdp --steps 1 --warm-up 1 --length 16 --rows 2")
-    assert [item["part"] for item in found["comparisons"]] == ["precision", "precision", "order", "order"] + ["precision"] * 2 + [
-        "order"
-    ] * 2
-    assert {row["side"] for row in found["measured"]} == {"FO bf16 fsdp", "SO bf16 fsdp", "FO fp32 fsdp", "SO fp32 fsdp"}
+    found = run(steps.main, tmp_path, "--methods npo --engines fsdp --precisions bf16 --steps 1 --warm-up 1 --length 16 --rows 2")
+    assert [(item["part"], item["unit"]) for item in found["comparisons"]] == [("order", "s"), ("order", "bytes")]
+    assert [row["side"] for row in found["measured"]] == ["FO bf16 fsdp", "SO bf16 fsdp"]
     for row in found["measured"]:
         assert row["predicted_over_measured"] == row["predicted_bytes"] / row["peak_bytes"]
         assert row["tokens_per_s"] == pytest.approx(2 * 2 * 16 / row["step_s"])
+
+
+def test_sides_are_compared_that_differ_in_one_thing() -> None:
+    sides = [
+        steps.Side("tiny", "npo", order, precision, engine)
+        for engine in ("fsdp", "deepspeed")
+        for precision in ("bf16", "fp32")
+        for order in ("FO", "SO")
+    ]
+    walls = {side.name: [1.0 + place] for place, side in enumerate(sides)}
+    found = steps.ratios(sides, walls, [{"side": side.name, "peak_bytes": 10 + place} for place, side in enumerate(sides)])
+    pairs = {(item.part, item.above, item.below) for item in found}
+    assert len(found) == 2 * 12 and len(pairs) == 12
+    assert ("engine", "SO fp32 deepspeed", "SO fp32 fsdp") in pairs and ("precision", "FO bf16 fsdp", "FO fp32 fsdp") in pairs
+    for item in found:
+        values = walls if item.unit == "s" else {name: [9 + wall[0]] for name, wall in walls.items()}
+        assert item.ratio == values[item.above][0] / values[item.below][0]
 
 
 def test_what_does_not_fit_is_named_with_its_numbers(
