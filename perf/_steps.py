@@ -9,7 +9,6 @@ from typing import Any
 from perf._measure import Comparison, Moment, compare, interleaved, peak_bytes
 from perf._workload import Workload
 from soul.data.feed import LocalFeed
-from soul.device import seen
 from soul.objectives.methods import NPO, GradDiff, Method
 from soul.optim.configs import AdamWConfig, OptimizerConfig, SophiaConfig
 from soul.train.config import TrainConfig
@@ -52,7 +51,11 @@ def run_steps(
         max_steps=steps,
         telemetry_every=telemetry_every or TrainConfig().telemetry_every,
     )
-    engine = SingleEngine(EngineConfig(precision="bf16" if workload.precision == "bf16" else "fp32").decided(seen()))
+    engine = SingleEngine(
+        EngineConfig(precision="bf16" if workload.precision == "bf16" else "fp32").decided(
+            "gpu" if workload.device.type == "cuda" else "cpu"
+        )
+    )
     engine.device = workload.device
     engine.prepare(workload.build_model, lambda model: optimizer.build(model.named_parameters()))
     train(

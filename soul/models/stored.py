@@ -72,7 +72,7 @@ def stored_model(name_or_path: str, *, revision: str | None = None, trust_remote
         files = {} if (folder / ADAPTER).is_file() else _files_of_tensors(folder)
         if not files:
             return None
-        with _parameters_without_storage():
+        with parameters_without_storage():
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
         model.config.use_cache = False
         if (folder / "generation_config.json").is_file():
@@ -122,7 +122,7 @@ def _files_of_tensors(folder: Path) -> dict[str, Path]:
 
 
 @contextmanager
-def _parameters_without_storage() -> Iterator[None]:
+def parameters_without_storage() -> Iterator[None]:
     """While open, modules register their parameters on the meta device; buffers, which no file may hold, are computed as ever."""
     register = nn.Module.register_parameter
 

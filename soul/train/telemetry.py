@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soul.optim.base import ShardOptimizer, local_shard
+from soul.optim.base import CHUNK_NUMEL, ShardOptimizer, local_shard
 from soul.optim.configs import OptimizerConfig, SophiaConfig, SophiaHConfig
 from soul.optim.one_shot import OneShot
 from soul.optim.rho import RhoController, log_ratio_histogram
@@ -90,7 +90,8 @@ def adamw_update_squared_norm(optimizer: torch.optim.Optimizer) -> Tensor:
     for state in optimizer.state.values():
         if not state or not (step := float(state["step"])):
             continue
-        m, v = local_shard(state["exp_avg"]), local_shard(state["exp_avg_sq"])
-        direction = m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + group["eps"])
-        total = total.to(direction.device) + (group["lr"] * direction).double().square().sum()
+        m, v = (local_shard(state[key]).reshape(-1).split(CHUNK_NUMEL) for key in ("exp_avg", "exp_avg_sq"))
+        for m_chunk, v_chunk in zip(m, v, strict=True):  # a flat partition of ZeRO-3 may be a billion weights
+            direction = m_chunk / (1 - beta1**step) / ((v_chunk / (1 - beta2**step)).sqrt() + group["eps"])
+            total = total.to(direction.device) + (group["lr"] * direction).double().square().sum()
     return total

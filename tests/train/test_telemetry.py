@@ -7,9 +7,11 @@ import math
 import pytest
 import torch
 
+import soul.train.telemetry
+from perf._measure import peak_bytes
 from soul.objectives.methods import GradDiff
 from soul.optim.configs import AdamWConfig, OptimizerConfig, SignumConfig, SophiaConfig, SoulReleaseConfig
-from soul.train.telemetry import Telemetry
+from soul.train.telemetry import Telemetry, adamw_update_squared_norm
 from tests.train.loop_runs import ADAMW, NUM_STEPS, TRAIN, Run, go, new_run
 
 EVERY_STEP = TRAIN.model_copy(update={"telemetry_every": 1})
@@ -72,3 +74,15 @@ def test_rho_is_steered_towards_its_target_and_continues_from_a_checkpoint() -> 
     Telemetry(engine, optimizer, run.progress.rho, every=1)
     assert [group["rho"] for group in engine.optimizer.param_groups] == [run.progress.rho["rho"]] * len(engine.optimizer.param_groups)
     assert all(math.isfinite(row["rho"]) for row in run.rows)
+
+
+def test_measuring_adamw_needs_room_for_a_few_chunks_however_long_a_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO-3 has up to a billion weights in one flat tensor: half a dozen copies of that would not fit beside it."""
+    p = torch.nn.Parameter(torch.randn(2**18 + 5, generator=torch.Generator().manual_seed(0)))
+    optimizer = AdamWConfig(learning_rate=1e-3, weight_decay=0.0).build([("p", p)])
+    before = p.detach().clone()
+    p.grad = p.detach().square() + 0.1
+    optimizer.step()
+    monkeypatch.setattr(soul.train.telemetry, "CHUNK_NUMEL", 1000)
+    assert float(adamw_update_squared_norm(optimizer)) == pytest.approx(float((p.detach() - before).double().square().sum()), rel=1e-3)
+    assert peak_bytes(lambda: adamw_update_squared_norm(optimizer), torch.device("cpu")) < 2**18
