@@ -13,7 +13,7 @@ export RAY_AUTH_MODE ?= token
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-kills check format bench serve constraints clean
+.PHONY: help install demo test test-slow test-kills check format bench bench-gpu serve constraints clean
 
 help: ## this page
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -61,6 +61,9 @@ format: install ## rewrite the files as `check` wants them
 
 bench: install ## speed and memory comparisons, one script of perf/ after the other
 	@for script in perf/[!_]*.py; do echo "== $$script"; $(RUN) $$script || exit 1; done
+
+bench-gpu: install ## speed and memory on one GPU without Ray, the scripts of perf/gpu (docs/speed.md)
+	@for script in perf/gpu/[!_]*.py; do echo "== $$script"; $(RUN) $$script $(ARGS) || exit 1; done
 
 serve: install ## OpenAI-style HTTP server for the models of RUNS
 	$(RUN) pipelines/serve.py $(RUNS) $(ARGS)

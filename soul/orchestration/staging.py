@@ -76,7 +76,7 @@ class Staging:
                 shutil.rmtree(found, ignore_errors=True)
 
     def save(self, engine: Engine, progress: Progress) -> None:
-        """Write a checkpoint; returns once it is in Ray Train's books, so that a failure of the next moment does not lose it. Collective."""
+        """Write a checkpoint; returns once it is in Ray Train's books, so that the next failure does not lose it. Collective."""
         name = f"step_{progress.step:08d}"
         if is_uri(self.run_dir):
             self._upload(engine, progress, name)

@@ -196,9 +196,15 @@ def load_torch_engine(folder: Path, settings: EngineSettings) -> TorchEngine:
     """bfloat16 on a GPU, float32 elsewhere.
 
     Raises:
-        InputError: the model cannot be loaded, or cannot be batched.
+        InputError: the model cannot be loaded, does not fit beside what the GPU holds, or cannot be batched.
     """
     device = torch_device(settings.device)
     model = load_model(str(folder), dtype=torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
-    model.to(device)
+    try:
+        model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            "a model does not fit into its GPU's memory beside what is there. Keep fewer models in a replica (--max-models), or use GPUs "
+            "with more memory."
+        ) from error
     return TorchEngine(model, load_tokenizer(str(folder)), max_rows=settings.max_rows, max_batch_tokens=settings.max_batch_tokens)

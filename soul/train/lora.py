@@ -30,7 +30,7 @@ def add_adapters(model: nn.Module, rank: int, *, seed: int) -> nn.Module:
     names = list(_linear_layers(model))
     settings = LoraConfig(r=rank, lora_alpha=round(SCALING * rank), lora_dropout=0.0, target_modules=names)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs, which are not restored
         adapted: nn.Module = inject_adapter_in_model(settings, model)
     return adapted
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
 from soul.models.hashes import model_sha256
 from soul.records import InputError
@@ -126,3 +128,12 @@ def test_questions_are_answered_while_rows_run(engine: Engine) -> None:
 def test_files_that_changed_since_the_gate_are_not_loaded(folder: Path) -> None:
     with pytest.raises(InputError, match="have changed"):
         load_engine(ModelSpec("0" * 64, str(folder)), EngineSettings())
+
+
+def test_a_full_gpu_says_what_to_change(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(LlamaForCausalLM, "to", full)
+    with pytest.raises(InputError, match="--max-models"):
+        load_engine(ModelSpec(model_sha256(folder), str(folder)), EngineSettings())
