@@ -90,6 +90,7 @@ def feed_of(engine: Engine, *, global_micro_batch: int = 2) -> LocalFeed:
 
 
 def new_engine(name: str, optimizer: str, *, rank: int = 0, world: int = 1, dtype: torch.dtype = torch.float64, **settings: Any) -> Engine:
+    settings = {"device": "cpu", **settings}  # also where there is a card: what these runs are compared with is float64 and two ranks
     config = EngineConfig(name=name, num_workers=world, max_grad_norm=CLIP, **settings)  # type: ignore[arg-type]
     engine = make_engine(config, rank=rank, world=world, local_rank=rank)
     engine.prepare(lambda: tiny_llama(dtype), lambda model: CONFIGS[optimizer].build(model.named_parameters()))

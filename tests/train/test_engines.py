@@ -125,7 +125,7 @@ def pieces(name: str, rank: int, world: int, root: Path) -> dict[str, Any]:
     checkpointed = new_engine(name, "sophia", rank=rank, world=world, gradient_checkpointing=True)
     results["checkpointed"] = summary(checkpointed, run_steps(checkpointed, "sophia", Progress(), NUM_STEPS))
 
-    loaded = make_engine(EngineConfig(name=name, num_workers=world), rank=rank, world=world, local_rank=rank)  # type: ignore[arg-type]
+    loaded = make_engine(EngineConfig(name=name, device="cpu", num_workers=world), rank=rank, world=world, local_rank=rank)  # type: ignore[arg-type]
     loaded.prepare(
         lambda: load_model(str(root / "export-single-as it is"), dtype=torch.float64),
         lambda model: OPTIMIZERS["sophia"].build(model.named_parameters()),
@@ -135,7 +135,7 @@ def pieces(name: str, rank: int, world: int, root: Path) -> dict[str, Any]:
 
 
 def refused_on(rank: int, world: int) -> str:
-    engine = make_engine(EngineConfig(name="fsdp", num_workers=world), rank=rank, world=world, local_rank=rank)
+    engine = make_engine(EngineConfig(name="fsdp", device="cpu", num_workers=world), rank=rank, world=world, local_rank=rank)
     with pytest.raises(InputError) as caught:
         engine.prepare(refuse, lambda model: torch.optim.SGD(model.parameters()))
     return str(caught.value)

@@ -97,7 +97,7 @@ def test_a_model_without_blocks_is_refused() -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_sharded_model_scores_answers_and_learns_like_the_plain_one(name: str) -> None:
     plain, batch = family(name).train(), ragged_batch()
-    engine = make_engine(EngineConfig(name="fsdp", max_grad_norm=None), rank=0, world=1, local_rank=0)
+    engine = make_engine(EngineConfig(name="fsdp", device="cpu", max_grad_norm=None), rank=0, world=1, local_rank=0)
     engine.prepare(lambda: family(name), lambda model: torch.optim.SGD(model.parameters(), lr=0.0))
     sharded = engine.model.train()
     assert sum(isinstance(module, FSDPModule) for module in sharded.modules()) == NUM_BLOCKS + 1
@@ -128,7 +128,7 @@ def test_pickling_shares_a_skeleton_not_the_weights(monkeypatch: pytest.MonkeyPa
     sent: list[Any] = []
     broadcast = dist.broadcast_object_list
     monkeypatch.setattr(dist, "broadcast_object_list", lambda payload: (sent.append(list(payload)), broadcast(payload)))
-    engine = make_engine(EngineConfig(name="fsdp"), rank=0, world=1, local_rank=0)
+    engine = make_engine(EngineConfig(name="fsdp", device="cpu"), rank=0, world=1, local_rank=0)
     wide = LlamaConfig(**{**GROUPED, "vocab_size": 50_000})
     engine.prepare(lambda: LlamaForCausalLM(wide), lambda model: torch.optim.SGD(model.parameters(), lr=0.0))
     assert sum(parameter.numel() for parameter in engine.model.parameters()) * 4 > 9_000_000

@@ -44,7 +44,7 @@ def adapted(*, moved: bool = False) -> nn.Module:
 
 def engine_of(name: str, rank: int = 0, world: int = 1, *, build: Callable[[], nn.Module] = adapted) -> Any:
     settings = ENGINES.get(name, {})
-    config = EngineConfig(name=name.split()[0], num_workers=world, max_grad_norm=CLIP, **settings)  # type: ignore[arg-type]
+    config = EngineConfig(name=name.split()[0], device="cpu", num_workers=world, max_grad_norm=CLIP, **settings)  # type: ignore[arg-type]
     engine = make_engine(config, rank=rank, world=world, local_rank=rank)
     engine.prepare(build, lambda model: CONFIGS[OPTIMIZER].build(model.named_parameters()))
     return engine

@@ -43,7 +43,7 @@ IN_FLOAT32 = [("deepspeed", {"zero_stage": 1}, "gnb"), ("deepspeed", {"zero_stag
 def run(name: str, case: str, dtype: torch.dtype, *, rank: int = 0, world: int = 1, **settings: Any) -> dict[str, Any]:
     """One pass, in micro-batches of two forget rows over all ranks: losses and final state."""
     method, optimizer = CASES[case]
-    config = EngineConfig(name=name, num_workers=world, max_grad_norm=None, **settings)  # type: ignore[arg-type]
+    config = EngineConfig(name=name, num_workers=world, max_grad_norm=None, **{"device": "cpu", **settings})  # type: ignore[arg-type]
     engine = make_engine(config, rank=rank, world=world, local_rank=rank)
     engine.prepare(
         lambda: tiny_llama(dtype), lambda model: optimizer.build(model.named_parameters(), eager_state=config.name != "deepspeed")
@@ -96,7 +96,7 @@ def peak_while_sharding(rank: int, world: int, build_model: BuildModel) -> int:
         return cut(unit, **settings)
 
     soul.train.fsdp.fully_shard = counting
-    engine = make_engine(EngineConfig(name="fsdp", num_workers=world), rank=rank, world=world, local_rank=rank)
+    engine = make_engine(EngineConfig(name="fsdp", device="cpu", num_workers=world), rank=rank, world=world, local_rank=rank)
     engine.prepare(build_model, lambda model: torch.optim.SGD(model.parameters(), lr=0.0))
     soul.train.fsdp.fully_shard = cut
     return peak
