@@ -73,7 +73,7 @@ def answered(engine: Engine, prompts: Prompts, num_tokens: int) -> Answers:
 
 @contextmanager
 def engines(name: str, options: argparse.Namespace, device: torch.device, tokenizer: Any) -> Iterator[tuple[Any, dict[str, Engine]]]:
-    """The model in memory and the engines over it; vLLM reads it from a folder, and has its own copy."""
+    """The model in memory and the engines over it; vLLM reads it from a folder, and has a copy of its own in its half of the card."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = loaded_llama(name, seed=options.seed, device=device, dtype=dtype)
     rows, positions = max(options.batches), options.prompt_tokens + options.new_tokens
@@ -82,7 +82,7 @@ def engines(name: str, options: argparse.Namespace, device: torch.device, tokeni
         if options.vllm:
             save_model(Path(folder), model, tokenizer, dtype=dtype)
             spec = ModelSpec(model_sha256(Path(folder)), folder)
-            found[VLLM] = load_engine(spec, EngineSettings("vllm", rows, rows * positions, num_gpus=0.4, device=options.device))
+            found[VLLM] = load_engine(spec, EngineSettings("vllm", rows, rows * positions, max_models=2, num_gpus=1, device=options.device))
         try:
             yield model, found
         finally:
