@@ -29,13 +29,17 @@ def held_by_resources() -> dict[str, float]:
     return {"cluster": ray.cluster_resources().get("GPU", 0.0) - ray.available_resources().get("GPU", 0.0)}
 
 
-def held_by_actors() -> dict[str, float]:
-    """GPUs of the actors that are alive, by node, from Ray's state API (which needs the dashboard)."""
-    from ray.util.state import list_actors
+def held_by_nodes() -> dict[str, float]:
+    """GPUs of groups and of actors outside of any, by node, from Ray's state API (which needs the dashboard, and RAY_ADDRESS)."""
+    from ray.util.state import list_actors, list_placement_groups
 
     found: dict[str, float] = defaultdict(float)
     for actor in list_actors(filters=[("state", "=", "ALIVE")], detail=True, limit=1000):
-        found[actor.node_id] += (actor.required_resources or {}).get("GPU", 0.0)
+        if actor.placement_group_id is None:
+            found[actor.node_id] += (actor.required_resources or {}).get("GPU", 0.0)
+    for group in list_placement_groups(filters=[("state", "=", "CREATED")], detail=True, limit=1000):
+        for bundle in group.bundles or ():
+            found[bundle["node_id"]] += bundle["unit_resources"].get("GPU", 0.0)
     return dict(found)
 
 

@@ -26,7 +26,7 @@ from soul.orchestration.tune import run_grid
 from soul.report.grid_build import read_outcomes
 from soul.serving.gate import Hashes, read_catalogue
 from soul.serving.settings import ServeConfig
-from tests.orchestration.held import Held, held_by_actors, watched
+from tests.orchestration.held import Held, held_by_nodes, watched
 from tests.orchestration.mini import TINY, mini
 from tests.s3 import free_port
 
@@ -52,7 +52,7 @@ def grid(tofu: Path, folder: Path, cache: str) -> dict[str, Any]:
     }
     TINY_MODELS["mini"] = TINY
     config = GridConfig.model_validate(settings)
-    with watched(held_by_actors, period_s=PERIOD_S) as held:
+    with watched(held_by_nodes, period_s=PERIOD_S) as held:
         run_grid(config)
     outcomes = read_outcomes(config.all_trials(), Path(config.output))
     return {"held": max(total for _, _, total in held.samples), "states": [outcome.state for outcome in outcomes]}
@@ -68,7 +68,7 @@ def serving(run: Path) -> dict[str, Any]:
     request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=120) as answer:
         status = answer.status
-    held = sum(held_by_actors().values())
+    held = sum(held_by_nodes().values())
     serve.stop()
     return {"held": held, "status": status}
 
@@ -76,7 +76,7 @@ def serving(run: Path) -> dict[str, Any]:
 def whole_run(tofu: Path, folder: Path) -> tuple[Path, Held]:
     """Eight workers; precision is left to the driver."""
     made = {"engine": {"name": "fsdp", "num_workers": 2 * GPUS, "precision": "auto"}, "train": {"epochs": 2}}
-    with watched(held_by_actors, period_s=PERIOD_S) as held:
+    with watched(held_by_nodes, period_s=PERIOD_S) as held:
         run = pipeline.run(mini(tofu, folder / "run", **made))
     return run, held
 
@@ -88,6 +88,7 @@ def main() -> None:
     cluster.add_node(num_cpus=4, num_gpus=GPUS, **first)
     cluster.add_node(num_cpus=4, num_gpus=GPUS)
     ray.init(address=cluster.address, log_to_driver=False, runtime_env={"env_vars": worker_environment()})
+    os.environ["RAY_ADDRESS"] = cluster.address  # other Rays may be at work on this machine
     run, held = whole_run(tofu, folder)
     found: dict[str, Any] = {"most": held.most, "most_on_a_node": held.most_on_a_node}
     found["grid"] = grid(tofu, folder, str(folder / ".cache"))
