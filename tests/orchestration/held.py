@@ -34,9 +34,9 @@ def held_by_nodes() -> dict[str, float]:
     from ray.util.state import list_actors, list_placement_groups
 
     found: dict[str, float] = defaultdict(float)
-    for actor in list_actors(filters=[("state", "=", "ALIVE")], detail=True, limit=1000):
-        if actor.placement_group_id is None:
-            found[actor.node_id] += (actor.required_resources or {}).get("GPU", 0.0)
+    for actor in list_actors(filters=[("state", "!=", "DEAD")], detail=True, limit=1000):
+        if actor.placement_group_id is None:  # a process that is starting has its GPU already, on a node that is not told yet
+            found[actor.node_id or "starting"] += (actor.required_resources or {}).get("GPU", 0.0)
     for group in list_placement_groups(filters=[("state", "=", "CREATED")], detail=True, limit=1000):
         for bundle in group.bundles or ():
             found[bundle["node_id"]] += bundle["unit_resources"].get("GPU", 0.0)
