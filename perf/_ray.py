@@ -26,7 +26,7 @@ import torch.distributed as dist
 from perf._measure import Comparison, compare
 from perf._workload import SPLITS, Workload
 from soul.data.store import finish_store, write_part
-from soul.device import seen
+from soul.device import num_gpus_here
 from soul.models.load import save_model
 from soul.objectives.methods import GradDiff
 from soul.optim.configs import AdamWConfig
@@ -70,7 +70,7 @@ def make_job(workload: Workload, folder: Path, *, workers: int, steps: int) -> T
         ),
         engine=EngineConfig(
             name="single" if workers == 1 else "ddp", num_workers=workers, precision="bf16" if workload.precision == "bf16" else "fp32"
-        ).decided(seen()),
+        ).decided("cpu" if workers > num_gpus_here() else "gpu"),
         stores={split: (str(folder / split),) for split in SPLITS},
     )
 
@@ -103,7 +103,7 @@ def bare_rank(rank: int, job: TrainJob, port: int) -> None:
     world = job.engine.num_workers
     if world > 1:
         os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-        dist.init_process_group("nccl" if torch.cuda.device_count() >= world else "gloo", rank=rank, world_size=world)
+        dist.init_process_group("nccl" if job.engine.device == "gpu" else "gloo", rank=rank, world_size=world)
     engine = make_engine(job.engine, rank=rank, world=world, local_rank=rank)
     run_job(job, engine, resume_from=None, save_checkpoint=lambda *_: None)
     if world > 1:

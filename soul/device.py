@@ -15,6 +15,11 @@ from soul.records import InputError
 if TYPE_CHECKING:
     import torch
 
+
+class NoDevice(InputError):
+    """A process was given a GPU that it does not see; on another machine it may."""
+
+
 Device = Literal["cpu", "gpu"]
 Wanted = Literal["auto", "gpu", "cpu"]
 
@@ -46,7 +51,7 @@ def torch_device(device: Device, index: int = 0) -> torch.device:
     """Where the tensors of a process with this device live; on a GPU, fp32 products use TF32 (NVIDIA_TF32_OVERRIDE=0 forbids it).
 
     Raises:
-        InputError: the process was given a GPU and sees none, or fewer than `index` says.
+        NoDevice: the process was given a GPU and sees none, or fewer than `index` says.
     """
     import torch
 
@@ -55,7 +60,7 @@ def torch_device(device: Device, index: int = 0) -> torch.device:
     count = torch.cuda.device_count()
     if index >= count:
         built = "" if torch.version.cuda else f" (this torch, {torch.__version__}, was built without CUDA)"
-        raise InputError(
+        raise NoDevice(
             f"{socket.gethostname()} was to compute on GPU {index} and sees {count}{built}. Check nvidia-smi, the driver and "
             "CUDA_VISIBLE_DEVICES there, or choose --device cpu."
         )

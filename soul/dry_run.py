@@ -70,6 +70,8 @@ def dry_run(config: Config) -> str:
     warnings = list(config.warnings())
     if config.address is None:  # nobody knows the machines of a cluster before it is joined
         warnings += shortages(plan, this_machine(), num_workers=config.engine.num_workers)
+        if config.engine.device == "gpu" and not num_gpus_here() and not os.environ.get("RAY_ADDRESS"):
+            warnings.append("device gpu: torch sees no GPU on this machine, where the run would stop at once.")
     return "\n".join([*sections, *(f"# warning: {text}" for text in warnings)])
 
 

@@ -48,7 +48,8 @@ COMPUTE_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "pure_bf16": 2}
 REFERENCE_BYTES = 8
 LINEAR = (nn.Linear, Conv1D)
 ACTIVATIONS, LOGITS, PRODUCT = "activations", "logits (at most)", "Hessian product"
-AT_MOST = frozenset({ACTIVATIONS, LOGITS, PRODUCT})
+COPY, WHOLE = "bf16 copy of the weights", "unsharded for a moment"
+AT_MOST = frozenset({ACTIVATIONS, LOGITS, PRODUCT, COPY, WHOLE})
 REMEDIES = (
     "Shard over more workers (--engine fsdp), recompute activations (--gradient-checkpointing), lower --micro-batch-size, train adapters "
     "(--lora-rank) or use --offload."
@@ -239,9 +240,9 @@ def _own_items(engine: EngineConfig, shape: ModelShape, *, total: int, trained: 
         MemoryItem(f"optimizer state ({num_states} x fp32)", FP32 * own_trained * num_states, on_cpu),
     ]
     if sharded:
-        items.append(MemoryItem("unsharded for a moment", 2 * compute * shape.root_params + (3 * compute + FP32) * shape.block_params))
+        items.append(MemoryItem(WHOLE, 2 * compute * shape.root_params + (3 * compute + FP32) * shape.block_params))
     elif engine.precision == "bf16":
-        items.append(MemoryItem("bf16 copy of the weights", compute * total))
+        items.append(MemoryItem(COPY, compute * total))
     return items
 
 
@@ -264,7 +265,7 @@ def _zero_items(engine: EngineConfig, *, total: int, trained: int, num_states: i
     items.append(MemoryItem("gradients of a step", FP32 * (own_trained if stage == 2 else min(own_trained, SUB_GROUP)), off_states))
     items.append(MemoryItem("buckets", 2 * compute * BUCKET))
     if stage == 3:
-        items.append(MemoryItem("unsharded for a moment", compute * min(total, MAX_LIVE)))
+        items.append(MemoryItem(WHOLE, compute * min(total, MAX_LIVE)))
     return items
 
 

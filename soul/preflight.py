@@ -26,7 +26,7 @@ def check_workers(num_workers: int, device: Device, most: Mapping[str, float], *
     if num_workers > available and not (waits and device == "gpu"):
         raise InputError(
             f"--num-workers {num_workers} needs {num_workers} {kind}s, {where} has {available}. "
-            f"Use at most {available}, or join a larger cluster with --address."
+            f"Use at most {available}, or join a larger cluster with --address{', or choose --device cpu' if device == 'gpu' else ''}."
         )
 
 

@@ -79,6 +79,10 @@ def launched(config: Mapping[str, Any]) -> dict[str, float]:
     return most
 
 
+class UndecidedDevice(InputError):
+    """Nobody knows whether the cluster can have GPUs, so a run has to be told."""
+
+
 def decide(wanted: Wanted) -> Device:
     """What a run on the connected cluster computes on. Asked once, by the driver; everything else is told.
 
@@ -94,7 +98,7 @@ def decide(wanted: Wanted) -> Device:
             return "gpu"
         raise InputError("--device gpu: the cluster has no GPU, and nothing that could add one. Join another one, or choose --device cpu.")
     if may_add_gpus():
-        raise InputError(
+        raise UndecidedDevice(
             "the cluster has no GPU now, and its autoscaler does not say here whether it can add some: --device auto cannot decide. Say "
             f"--device gpu (waits for them) or --device cpu, or set {LIMITS}, e.g. to CPU=64,GPU=8."
         )

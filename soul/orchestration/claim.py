@@ -51,8 +51,9 @@ def check_unclaimed(config: Config) -> None:
             raise InputError(f"--resume: {config.output} holds no run to continue. Remove --resume, or correct --output.")
         return
     ours, theirs = _without_cadence(_settings(config)), _without_cadence(_read(folder))
-    if ours["engine"]["precision"] == "auto":  # it goes on in what it began with
-        ours["engine"]["precision"] = theirs["engine"]["precision"]
+    if begun := begun_in(config):  # it goes on in that, and may be told so
+        for settings in (ours, theirs):
+            settings["engine"]["precision"] = settings["engine"]["precision"].replace("auto", begun)
     if config.resume:
         ours, theirs = _without_placement(ours), _without_placement(theirs)
     other = sorted(key for key in {*ours, *theirs} - _INCIDENTAL if ours.get(key) != theirs.get(key))
@@ -70,8 +71,8 @@ def claim(config: Config) -> None:
     """Make the run directory this run's own."""
     folder = run_dir(config)
     folder.create()
-    if config.engine.precision == "auto" and folder.config.is_file() and (given := _read(folder)["engine"]["precision"]) != "auto":
-        folder.finish(_PRECISION, _AUTO, {"precision": given})
+    if (begun := begun_in(config)) is not None:  # config.json will no longer say it
+        folder.finish(_PRECISION, _AUTO, {"precision": begun})
     write_atomically(folder.config, config.model_dump_json(indent=2) + "\n")
 
 
@@ -93,7 +94,7 @@ def decided_run(config: Config, device: Device, precision: Precision | None = No
 
     `precision`: that of a grid, whose trials are to be compared; None is what the device is made for.
     """
-    kept = begun_in(config)
+    kept = begun_in(config) if config.engine.precision == "auto" else None
     decided = config.decided(device, kept or precision)
     if config.engine.precision == "auto" and kept is None:
         run_dir(config).finish(_PRECISION, _AUTO, {"precision": decided.engine.precision})
@@ -101,9 +102,16 @@ def decided_run(config: Config, device: Device, precision: Precision | None = No
 
 
 def begun_in(config: Config) -> Precision | None:
-    """The precision that a run with an open choice began with; None for one that has not begun, or was told."""
-    kept = run_dir(config).finished(_PRECISION, _AUTO) if config.engine.precision == "auto" else None
-    return None if kept is None else kept["precision"]
+    """The precision that the run in this folder began with; None where none has begun: what a run that broke off before it computed had
+    decided binds nobody.
+    """
+    folder = run_dir(config)
+    if not folder.config.is_file() or not _has_begun(folder):
+        return None
+    written = _read(folder)["engine"]["precision"]
+    kept = folder.finished(_PRECISION, _AUTO) or {"precision": None if written == "auto" else written}
+    found: Precision | None = kept["precision"]
+    return found
 
 
 def _key(settings: dict[str, Any], inputs: Any) -> str:

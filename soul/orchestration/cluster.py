@@ -17,7 +17,7 @@ import ray._private.state
 import ray.data
 from ray.exceptions import ActorHandleNotFoundError, AuthenticationError, RayTaskError
 
-from soul.device import COMPUTE, Device, Wanted
+from soul.device import COMPUTE, Device, Wanted, num_gpus_here
 from soul.object_store import environment
 from soul.orchestration import ENVIRONMENT
 from soul.orchestration.capacity import capacity, decide, may_add_gpus
@@ -111,6 +111,7 @@ def _start_local(num_workers: int, verbose: bool) -> None:
     ray.init(
         address="local",  # not a cluster that somebody else started on this machine
         num_cpus=logical,
+        num_gpus=num_gpus_here(),  # those that torch can use, which is what was checked before; Ray counts others too
         include_dashboard=False,
         log_to_driver=verbose,
         logging_level=logging.INFO if verbose else logging.ERROR,

@@ -72,7 +72,8 @@ def deal(costs: Sequence[float], pool: Pool[R], *, num_seats: int, done: Callabl
     at: dict[int, int] = {}  # what the helper on a seat is at
     results: dict[int, R] = {}
     losses: Counter[tuple[str, int]] = Counter()
-    for seat in range(min(num_seats, len(costs))):
+    seats = set(range(min(num_seats, len(costs))))
+    for seat in seats:
         pool.start(seat)
     while len(results) < len(costs):
         event = pool.wait()
@@ -80,11 +81,14 @@ def deal(costs: Sequence[float], pool: Pool[R], *, num_seats: int, done: Callabl
         if isinstance(event, Lost):
             where = ("seat", seat) if item is None else ("item", item)
             losses[where] += 1
-            if losses[where] == LOSSES:
-                raise GivenUp(item, event.reason)
             if item is not None:
                 bisect.insort(waiting, item, key=lambda item: (costs[item], -item))
-            pool.start(seat)
+            if losses[where] < LOSSES:
+                pool.start(seat)
+                continue
+            seats.discard(seat)  # its work is left to those on the other seats
+            if item is not None or not seats:
+                raise GivenUp(item, event.reason)
             continue
         losses["seat", seat] = 0
         if isinstance(event, Answer):
@@ -95,5 +99,6 @@ def deal(costs: Sequence[float], pool: Pool[R], *, num_seats: int, done: Callabl
             at[seat] = waiting.pop()
             pool.ask(seat, at[seat])
         else:
+            seats.discard(seat)
             pool.stop(seat)  # what is lost from now on waits for the helper in its own place
     return [results[item] for item in range(len(costs))]

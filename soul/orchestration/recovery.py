@@ -38,6 +38,10 @@ class TrainingStopped(ArithmeticError):
     """Training ended without a result, for a reason that trying again would not mend. The message is for the user."""
 
 
+class TrainingBroken(TrainingStopped):
+    """As above, for a reason that may be gone the next time or on other machines: a full disk or card, a network, a mount."""
+
+
 class RankFailed(RuntimeError):
     """A rank's card or network failed; the message says which rank, on which machine, and what to do."""
 
@@ -116,11 +120,15 @@ def located(engine: Engine, needs: tuple[Need, ...]) -> Iterator[None]:
         ) from error
 
 
+class SmallCard(InputError):
+    """A card cannot hold what a run is sure to need. Raised on every rank, before the model is loaded."""
+
+
 def check_card(engine: Engine, needs: tuple[Need, ...]) -> None:
     """Compare the smallest card of all ranks with what is sure to be needed. Collective.
 
     Raises:
-        InputError: on every rank, that it is too small.
+        SmallCard: on every rank.
     """
     if engine.device.type != "cuda":
         return
@@ -136,12 +144,12 @@ def refuse_small(cards: list[tuple[int, str, int, str]], needs: tuple[Need, ...]
     """`cards`: bytes, name, rank and machine of each. What is an upper bound in the plan (activations, logits) refuses nobody.
 
     Raises:
-        InputError: the smallest one cannot hold what every plan of this run has.
+        SmallCard: the smallest one cannot hold what every plan of this run has.
     """
     size, kind, rank, machine = min(cards)
     sure = sum(need.num_bytes for need in needs if need.is_sure)
     if sure > size:
-        raise InputError(
+        raise SmallCard(
             f"the {kind} of rank {rank} on {machine} has {memory(size)}, a worker needs at least {memory(sure)}: {needs_in_words(needs)}. "
             f"{REMEDIES}"
         )
@@ -157,10 +165,10 @@ def explained(error: WorkerGroupError) -> InputError | TrainingStopped | None:
         if isinstance(failure, InputError):
             return failure
         if isinstance(failure, OSError):
-            return TrainingStopped(f"training stopped: {failure}. The last checkpoint is kept: mend this, then run the same again.")
+            return TrainingBroken(f"training stopped: {failure}. The last checkpoint is kept: mend this, then run the same again.")
     told = [str(failure) for failure in error.worker_failures.values() if isinstance(failure, RankFailed)]
     full = [line for line in told if "ran out of GPU memory" in line]  # the others only miss the one that did
-    return TrainingStopped((full or told)[0]) if told else None
+    return TrainingBroken((full or told)[0]) if told else None
 
 
 def _first_line(error: Exception) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
 import socket
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,14 +16,14 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, HTTPOptions
 from ray.serve.schema import LoggingConfig
 
-from soul.orchestration.capacity import decide
+from soul.orchestration.capacity import capacity, decide, may_add_gpus
 from soul.orchestration.cluster import cluster
 from soul.orchestration.replica import Gateway, Generator
 from soul.records import InputError
 from soul.rundir import write_atomically
 from soul.serving.gate import Catalogue, Hashes, check_folders, read_catalogue
 from soul.serving.keys import read_key_hashes
-from soul.serving.settings import ServeConfig
+from soul.serving.settings import Replicas, ServeConfig
 
 APP: Final = "soul"
 LOG: Final = logging.getLogger(__name__)
@@ -117,13 +117,26 @@ def run_server(config: ServeConfig, *, address: str | None, verbose: bool) -> No
     for line in describe(catalogue):
         print(line, flush=True)
     size = config.replicas
-    needed = max(1, math.ceil(size.minimum * (1.0 if size.num_gpus is None else size.num_gpus)))
-    with cluster(address, num_workers=needed if size.wants != "cpu" else 1, device=size.wants, verbose=verbose) as device:
-        start(config.decided(device), catalogue)
+    with cluster(address, num_workers=1, device=size.wants, verbose=verbose) as device:
+        config = config.decided(device)
+        check_room(config.replicas, capacity())
+        start(config, catalogue)
         print(f"serving on http://{config.host}:{config.port}/ (API under /v1); Ctrl-C stops it", flush=True)
         _wait_for_signal()
         print("draining: requests that have begun are answered", flush=True)
         stop()
+
+
+def check_room(size: Replicas, most: Mapping[str, float]) -> None:
+    """Raises:
+    InputError: the cluster cannot have the GPUs of all replicas, which would wait for them for ever.
+    """
+    needed, has = size.minimum * (size.num_gpus or 0.0), most.get("GPU", 0.0)
+    if needed > has and not may_add_gpus():
+        raise InputError(
+            f"--replicas {size.minimum} with {size.num_gpus:g} GPU(s) each need {needed:g} GPUs, the cluster has {has:g}. Start fewer, let "
+            "them share (--gpus-per-replica 0.5), or choose --device cpu."
+        )
 
 
 def _wait_for_signal() -> None:

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 
 import ray
 
-from soul.orchestration.capacity import UNKNOWN, capacity
+from soul.orchestration.capacity import UNKNOWN, UndecidedDevice, capacity, decide
 from soul.orchestration.cluster import cluster
 from soul.orchestration.joining import check_job_server, is_job_server, make_probe, this_environment
+from soul.preflight import check_workers
 from soul.records import InputError
 
 
@@ -32,11 +33,18 @@ def survey(address: str | None, *, num_workers: int) -> str:
             if enough
             else f"{shown}\n{num_workers} workers do not fit into that: a run stops at its start, unless an autoscaler can add the rest"
         )
-    with cluster(place, num_workers=num_workers, device="auto", verbose=False) as device:
+    with cluster(place, num_workers=1, device="cpu", verbose=False):
+        try:
+            device = decide("auto")
+        except UndecidedDevice as error:
+            computes = f"--device gpu or cpu, which a run has to name: {error}"
+        else:
+            check_workers(num_workers, device, capacity(), where="the cluster")
+            computes = f"{device.upper()}s (--device auto)"
         has, most = ray.cluster_resources(), capacity()
         nodes = [node for node in ray.nodes() if node["Alive"]]
         rows = {"cluster": ray.get_runtime_context().gcs_address, **this_environment(), "soul": make_probe()(), "nodes": str(len(nodes))}
-        rows["computes on"] = f"{device.upper()}s (--device auto)"
+        rows["computes on"] = computes
         return _table({**rows, **{f"{kind}s": _amount(has.get(kind, 0), most.get(kind, 0)) for kind in ("CPU", "GPU")}})
 
 

@@ -23,6 +23,8 @@ from soul.orchestration.board import Board
 from soul.orchestration.parallel import run_beside
 from soul.orchestration.recovery import (
     Notice,
+    SmallCard,
+    TrainingBroken,
     TrainingStopped,
     check_card,
     explained,
@@ -34,6 +36,7 @@ from soul.orchestration.recovery import (
 )
 from soul.orchestration.staging import NoRoom, Staging
 from soul.orchestration.stream import ray_steps
+from soul.records import InputError
 from soul.store import is_uri, local, path_of, publish, pull_file, push, ray_storage
 from soul.train.engine import Engine, EngineConfig, num_threads
 from soul.train.engines import make_engine
@@ -63,7 +66,7 @@ def on_this_node(job: TrainJob) -> TrainJob:
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Runs on every rank. Returns a JobResult as a dict, or {"error": message} for a failure that a restart would repeat."""
+    """Runs on every rank. Returns a JobResult as a dict, or {kind: message} for a failure that a restart would repeat."""
     job: TrainJob = config["job"]
     context = ray.train.get_context()
     engine = make_engine(job.engine, rank=context.get_world_rank(), world=context.get_world_size(), local_rank=context.get_local_rank())
@@ -97,10 +100,11 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
                 must_save=notice,
             )
         return dataclasses.asdict(result)
-    except (NonFiniteLoss, NonFiniteGradient, NonFiniteReference, NoRoom) as error:
+    except (NonFiniteLoss, NonFiniteGradient, NonFiniteReference, NoRoom, SmallCard) as error:  # on every rank
         if engine.rank == 0 and metrics.exists():
             push(metrics)
-        return {"error": str(error)}
+        kind = "bad input" if isinstance(error, SmallCard) else "broken" if isinstance(error, NoRoom) else "error"
+        return {kind: str(error)}
 
 
 def _publish(engine: Engine, metrics: Path, model: Path) -> None:
@@ -131,8 +135,9 @@ def fit(job: TrainJob, *, name: str, on_progress: OnProgress | None = None) -> J
         result = _until_done(job, name)
     pull_file(metrics)
     value = result.return_value
-    if "error" in value:
-        raise TrainingStopped(value["error"])
+    for kind, error in (("error", TrainingStopped), ("broken", TrainingBroken), ("bad input", InputError)):
+        if kind in value:
+            raise error(value[kind])
     return JobResult(**value)
 
 

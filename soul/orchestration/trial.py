@@ -20,6 +20,7 @@ from ray import tune
 from soul.benchmarks.objective import cheap_objective
 from soul.benchmarks.outcomes import CRASHED, FAILED, MARK_KEY, STOPPED
 from soul.config import Config
+from soul.device import NoDevice
 from soul.evaluate.evaluator import finish
 from soul.evaluate.plan import run_item
 from soul.models.hashes import recorded_sha256
@@ -34,7 +35,7 @@ from soul.orchestration.examiners import Exam
 from soul.orchestration.outcome import write_outcome
 from soul.orchestration.prepare import Prepared
 from soul.orchestration.progress import Display
-from soul.orchestration.recovery import TrainingStopped, located
+from soul.orchestration.recovery import TrainingBroken, TrainingStopped, located
 from soul.orchestration.shared import Shared, judge_shared, retrained_of, share, target_of
 from soul.orchestration.train import METRICS, fit, on_this_node
 from soul.records import InputError
@@ -69,6 +70,8 @@ def run_trial(params: dict[str, Any], common: dict[str, Any]) -> None:
         report, sources = Reporter(floor=common["floor"]), common["rows"][config.train.seed]
         try:
             work(asked, config, sources, command=common["command"], isolated=told["isolated"], report=report)
+        except (NoDevice, TrainingBroken):  # another node, or the next attempt, may do better
+            raise
         except (InputError, TrainingStopped, NonFiniteLoss, NonFiniteGradient, NonFiniteReference) as error:
             _give_up(run, FAILED, str(error), asked)
 

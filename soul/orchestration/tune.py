@@ -23,6 +23,7 @@ from ray.tune.logger import JsonLoggerCallback, TBXLoggerCallback
 from soul.benchmarks.grid import Trial
 from soul.benchmarks.outcomes import CRASHED, MARK_KEY, REFERENCES, STOPPED, reference_folder
 from soul.config import Config
+from soul.evaluate.open_unlearning_log import FILE
 from soul.grid_config import GridConfig
 from soul.object_store import find
 from soul.orchestration.attempts import BACKSTOP
@@ -118,7 +119,7 @@ def _keep_references(output: Path, model: str, config: Config, display: Display)
     target, retrained = judge_shared(config, share(config), display)
     for kind, log in (("target", target.log), ("retrained", retrained)):
         folder = reference_folder(output, model, kind)
-        if log is not None and not folder.is_dir():
+        if log is not None and not (folder / FILE).is_file():  # the last one that is written
             write_logs(log, folder)
 
 

@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 from transformers import AutoConfig
 
 from soul.batch import Batch
@@ -157,7 +158,8 @@ def _rescued(save: Callable[[], None], *, needed: bool) -> Iterator[None]:
         yield
     except OSError:
         if needed:
-            save()
+            with suppress(OSError, CheckpointException):  # of the same full disk: the first reason is the one to tell
+                save()
         raise
 
 

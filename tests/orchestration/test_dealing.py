@@ -146,3 +146,12 @@ def test_what_is_told_says_where_and_what_to_lower(monkeypatch: pytest.MonkeyPat
     assert "(killed)" in at_an_item and "--eval-generation-batch-tokens" in at_an_item and "\n" not in at_an_item
     assert "before they had loaded the model (killed)" in told(lambda seat, item: item is None)
     assert ended.count(True) >= 2
+
+
+def test_a_seat_of_which_nothing_comes_is_left_to_the_others_until_there_are_none() -> None:
+    for seed in range(20):
+        fake = Fake(random.Random(seed), dies=lambda seat, item: seat == 1 and item is None)
+        assert deal([1.0] * 9, fake, num_seats=3, done=lambda count: None) == [item * item for item in range(9)]
+        assert fake.started.count(1) <= LOSSES
+    with pytest.raises(GivenUp):
+        deal([1.0] * 9, Fake(random.Random(0), dies=lambda seat, item: item is None), num_seats=3, done=lambda count: None)

@@ -102,8 +102,14 @@ def test_a_run_of_an_earlier_version_is_known_and_goes_on_in_its_precision(tmp_p
 def test_a_run_keeps_the_precision_it_began_with(tmp_path: Path) -> None:
     claim(config(tmp_path))
     assert decided_run(config(tmp_path), "gpu").engine.computes_in == "bf16"
+    assert decided_run(config(tmp_path), "cpu").engine.computes_in == "fp32"  # nothing has been computed yet
+    assert decided_run(config(tmp_path), "gpu").engine.computes_in == "bf16"
+    RunDir(tmp_path / "run").finish("tokens", "key", {})
     again = decided_run(config(tmp_path), "cpu").engine
     assert (again.runs_on, again.computes_in) == ("cpu", "bf16")
+    check_claim(config(tmp_path, engine={"precision": "bf16"}))  # told what it does
+    with pytest.raises(InputError, match=r"its engine settings differ"):
+        check_claim(config(tmp_path, engine={"precision": "fp32"}))
 
 
 def test_resuming_may_move_a_run(tmp_path: Path) -> None:

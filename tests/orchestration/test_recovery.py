@@ -80,7 +80,7 @@ def needs() -> tuple[Need, ...]:
 def test_a_card_that_is_too_small_is_named_with_the_numbers() -> None:
     cards = [(80 * 2**30, "NVIDIA H100", 0, "a"), (8 * 2**30, "NVIDIA T4", 1, "b")]
     with pytest.raises(
-        InputError, match=r"the NVIDIA T4 of rank 1 on b has 8\.0.GiB, a worker needs at least 1\d\.\d.GiB: weights .*--lora-rank"
+        InputError, match=r"the NVIDIA T4 of rank 1 on b has 8\.0.GiB, a worker needs at least \d+\.\d.GiB: weights .*--lora-rank"
     ):
         refuse_small(cards, needs())
     refuse_small(cards[:1], needs())

@@ -10,9 +10,10 @@ import pytest
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from soul.orchestration import replica
+from soul.orchestration import replica, serve
 from soul.orchestration.replica import ATTEMPTS, Replicas
 from soul.orchestration.serve import application, build_app
+from soul.records import InputError
 from soul.serving.errors import Refusal, Refused
 from soul.serving.gate import Catalogue
 from soul.serving.keys import hash_key
@@ -171,6 +172,17 @@ def test_replicas_scale_between_their_bounds_and_drain() -> None:
     for wrong in ({"device": "gpu", "num_gpus": 0}, {"device": "cpu", "num_gpus": 1}):
         with pytest.raises(ValueError, match=r"does not go with replicas\.device"):
             ServeConfig.model_validate({"replicas": wrong})
+
+
+def test_replicas_without_a_gpu_to_come_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "may_add_gpus", lambda: False)
+    two = ServeConfig.model_validate({"replicas": {"minimum": 2, "maximum": 2}})
+    serve.check_room(two.decided("cpu").replicas, {"CPU": 2.0})
+    serve.check_room(two.decided("gpu").replicas, {"GPU": 2.0})
+    with pytest.raises(InputError, match=r"--replicas 2 with 1 GPU\(s\) each need 2 GPUs, the cluster has 1"):
+        serve.check_room(two.decided("gpu").replicas, {"GPU": 1.0})
+    monkeypatch.setattr(serve, "may_add_gpus", lambda: True)
+    serve.check_room(two.decided("gpu").replicas, {"GPU": 1.0})  # waits for the autoscaler
 
 
 def test_the_builder_takes_keys_from_the_nodes_environment_and_knows_every_setting(monkeypatch: pytest.MonkeyPatch) -> None:
