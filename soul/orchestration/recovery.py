@@ -97,7 +97,11 @@ def newest_step(run_dir: str, name: str) -> int:
 
 def renews(error: WorkerGroupError, before: int, now: int) -> bool:
     """Whether a run that has used up its budget begins a new one: a process or node was lost, and the run has come further since."""
-    return now > before and any(isinstance(failure, LOST) for failure in error.worker_failures.values())
+    return now > before and any(isinstance(failure, (*LOST, PeerLost)) for failure in error.worker_failures.values())
+
+
+class PeerLost(RankFailed):
+    """A collective failed: another rank is gone, or cannot be reached. It is often heard of before the loss itself is."""
 
 
 @contextmanager
@@ -105,7 +109,8 @@ def located(engine: Engine, needs: tuple[Need, ...]) -> Iterator[None]:
     """Let what a card or a network says name the rank and its machine.
 
     Raises:
-        RankFailed: out of memory, or a collective that failed.
+        RankFailed: out of memory.
+        PeerLost: a collective failed.
     """
     where = f"rank {engine.rank} on {socket.gethostname()}"
     try:
@@ -113,8 +118,10 @@ def located(engine: Engine, needs: tuple[Need, ...]) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         planned = "; planned were " + needs_in_words(needs) if needs else ""
         raise RankFailed(f"{where} ran out of GPU memory ({_first_line(error)}){planned}. {REMEDIES}") from error
-    except dist.DistError as error:
-        raise RankFailed(
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # whose errors have no type of their own
+            raise
+        raise PeerLost(
             f"{where} lost the others ({type(error).__name__}: {_first_line(error)}). Look at that machine and its network first; "
             "NCCL_DEBUG=INFO says more."
         ) from error

@@ -57,3 +57,15 @@ def test_two_nodes_of_four(tofu: Path, tmp_path: Path) -> None:
     assert found["most"]["evaluate"] == 8 and found["most"]["tokenise"] == 0
     assert found["grid"] == {"held": 4, "states": ["done", "done"]}  # two trials of two workers
     assert found["serving"] == {"held": 2, "status": 200}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_node_that_is_announced_to_go_leaves_a_checkpoint_and_costs_no_failure(tofu: Path, tmp_path: Path) -> None:
+    """With a budget of no failure at all, and no checkpoint due by the clock."""
+    command = [sys.executable, "-m", "tests.orchestration.drained_node", str(tofu), str(tmp_path)]
+    ended = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=1400, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    found = json.loads(ended.stdout.splitlines()[-1])
+    print(found)
+    assert found["saved"] >= found["announced"] and found["whole"] and found["steps"] > found["saved"]

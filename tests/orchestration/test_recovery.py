@@ -24,7 +24,17 @@ from soul.optim.configs import AdamWConfig
 from soul.orchestration import recovery, trial
 from soul.orchestration.capacity import card_kinds
 from soul.orchestration.pipeline import computes
-from soul.orchestration.recovery import RankFailed, TrainingStopped, explained, located, newest_step, poll_workers, refuse_small, renews
+from soul.orchestration.recovery import (
+    PeerLost,
+    RankFailed,
+    TrainingStopped,
+    explained,
+    located,
+    newest_step,
+    poll_workers,
+    refuse_small,
+    renews,
+)
 from soul.plan import ModelShape, plan_run
 from soul.records import InputError
 from soul.train.config import TrainConfig
@@ -44,6 +54,13 @@ def test_a_lost_node_is_not_charged_while_the_run_gets_further() -> None:
     assert renews(failed(r0=BROKEN, r1=LOST), before=10, now=20)
     assert not renews(failed(r0=BROKEN, r1=LOST), before=20, now=20)  # lost again before it had come anywhere
     assert not renews(failed(r0=BROKEN), before=10, now=20)  # nothing was lost: a defect
+    engine: Any = SimpleNamespace(rank=1)
+    with pytest.raises(PeerLost) as heard, located(engine, ()):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:46778: Connection reset by peer.")
+    assert renews(failed(r1=heard.value), before=10, now=20)  # its peer's end has not been told yet
+    with pytest.raises(RuntimeError, match="a defect") as own, located(engine, ()):
+        raise RuntimeError("a defect")
+    assert not isinstance(own.value, RankFailed)
     chosen = recovery.failure_config(EngineConfig(max_failures=5))
     assert (chosen.max_failures, chosen.max_preemption_failures, chosen.relax_collectives_on_preemption) == (5, -1, True)
 
