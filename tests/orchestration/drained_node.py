@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["SOUL_COMPUTE"] = "cpu"
-for watcher in ("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "RAY_TRAIN_METRICS_ENABLED"):
-    os.environ.pop(watcher, None)  # as on a user's cluster
+os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = os.environ["RAY_TRAIN_METRICS_ENABLED"] = "1"  # as on a user's cluster
 
 import ray
 from ray.cluster_utils import Cluster
