@@ -25,13 +25,13 @@ from soul.store import path_of, place_of, push
 PACKAGES = ("torch", "ray", "transformers", "tokenizers", "datasets", "pyarrow", "numpy", "scipy")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text`; a crash at any moment leaves the old file or the new one. If it is a store's copy, the store gets it."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace `path` by `content`; a crash at any moment leaves the old file or the new one. If it is a store's copy, the store gets it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, staging = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         Path(staging).chmod(0o644)

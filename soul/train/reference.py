@@ -6,8 +6,7 @@ are fixed by row length, so that on one kind of device a number depends on nothi
 
 from __future__ import annotations
 
-import os
-import tempfile
+import io
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,8 @@ from soul.batch import collate
 from soul.data.steps import StepSource
 from soul.data.store import TokenStore
 from soul.models.scoring import answer_logps
-from soul.rundir import digest
-from soul.store import local, path_of, pull_file, push
+from soul.rundir import digest, write_atomically
+from soul.store import local, path_of, pull_file
 from soul.train.engine import Engine, EngineConfig
 from soul.train.lora import without_adapters
 
@@ -92,16 +91,6 @@ def _any_rank(engine: Engine, value: bool) -> bool:
 
 def _write(path: Path, logps_R: NDArray[np.float64]) -> None:
     """Whole or not at all; one of several writers of the same numbers is the last."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, staging = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.save(file, logps_R, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(staging).chmod(0o644)
-        os.replace(staging, path)
-    except BaseException:
-        Path(staging).unlink(missing_ok=True)
-        raise
-    push(path)
+    file = io.BytesIO()
+    np.save(file, logps_R, allow_pickle=False)
+    write_atomically(path, file.getvalue())

@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,15 +45,21 @@ def test_more_gpus_than_the_cluster_has_are_an_error_and_cpus_are_taken_only_whe
         assert device == "cpu"
 
 
+def told_by(module: str, tofu: Path, folder: Path) -> dict[str, Any]:
+    """What a module with a cluster of its own prints: the line of JSON; the rest is shown."""
+    command = [sys.executable, "-m", f"tests.orchestration.{module}", str(tofu), str(folder)]
+    ended = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=1400, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    print(ended.stdout)
+    found: dict[str, Any] = json.loads(next(line for line in ended.stdout.splitlines() if line.startswith("{")))
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_two_nodes_of_four(tofu: Path, tmp_path: Path) -> None:
     """Eight fsdp workers over two nodes, eight examiners, a grid and a server; placement from Ray's state API."""
-    command = [sys.executable, "-m", "tests.orchestration.two_nodes_of_four", str(tofu), str(tmp_path)]
-    ended = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=1700, check=False)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    found = json.loads(ended.stdout.splitlines()[-1])
-    print("\n".join(ended.stdout.splitlines()[:-1]))
+    found = told_by("two_nodes_of_four", tofu, tmp_path)
     assert found["most"]["unlearn"] == 8 and found["most_on_a_node"]["unlearn"] == 4
     assert found["most"]["evaluate"] == 8 and found["most"]["tokenise"] == 0
     assert found["grid"] == {"held": 4, "states": ["done", "done"]}  # two trials of two workers
@@ -63,9 +70,5 @@ def test_two_nodes_of_four(tofu: Path, tmp_path: Path) -> None:
 @pytest.mark.timeout(1500)
 def test_a_node_that_is_announced_to_go_leaves_a_checkpoint_and_costs_no_failure(tofu: Path, tmp_path: Path) -> None:
     """With a budget of no failure at all, and no checkpoint due by the clock."""
-    command = [sys.executable, "-m", "tests.orchestration.drained_node", str(tofu), str(tmp_path)]
-    ended = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=1400, check=False)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    found = json.loads(next(line for line in ended.stdout.splitlines() if line.startswith("{")))  # Ray says something behind it
-    print(found)
+    found = told_by("drained_node", tofu, tmp_path)
     assert found["saved"] >= found["announced"] and found["whole"] and found["steps"] > found["saved"]
