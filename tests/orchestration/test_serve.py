@@ -72,7 +72,7 @@ def server(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    config = located(load_settings(ServeConfig, file, {"port": port, "watch": str(file)}), str(file)).decided("cpu")
+    config = located(load_settings(ServeConfig, file, {"port": port, "watch": str(file)}), str(file)).decided("gpu")
     serve.start(config, read_catalogue(config.hosting, on_loopback=True, hashes=Hashes()))
     yield Server(f"http://127.0.0.1:{port}", file, folder)
     serve.stop()
