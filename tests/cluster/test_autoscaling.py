@@ -20,7 +20,7 @@ from tests.cluster.heads import Head, wait_until
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 MOST = 3
-DATA = "--num-authors 3 --forget forget05 --eval-max-new-tokens 16"
+DATA = "--device cpu --num-authors 3 --forget forget05 --eval-max-new-tokens 16"
 GRID = f"pipelines/grid.py {DATA} --methods npo --optimizers adamw,sophia,signum --models tiny-s --prepare-max-steps 20 --epochs 2"
 RUN = f"pipelines/tofu.py {DATA} --twin none --prepare-max-steps 20 --epochs 200 --save-every 10 --eval-every 0 --tiny-hidden-size 32"
 RUN += " --tiny-intermediate-size 64 --tiny-num-layers 1 --tiny-num-heads 2 --tiny-vocab-size 400"
