@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from soul.data.pairing import PairedPlan
 from soul.records import InputError
@@ -82,7 +84,7 @@ def test_old_orders_are_not_kept() -> None:
     plan = plan_of(partner=8)
     for step in range(30 * plan.steps_per_epoch):
         plan.step(step)
-    assert len(plan._cache) <= 12  # of 30 passes over forget and 199 over retain, seven of them in one window
+    assert len(plan._passes) <= 12  # of 30 passes over forget and 199 over retain, seven of them in one window
 
 
 def test_another_process_draws_the_same_order() -> None:
@@ -116,6 +118,68 @@ def test_the_window_changes_steps_but_not_what_partners_an_epoch_sees() -> None:
     for split in ("forget", "retain"):
         assert sorted(rows_of(narrow, split, epoch)) == sorted(rows_of(wide, split, epoch))
         assert rows_of(narrow, split, epoch) != rows_of(wide, split, epoch)
+
+
+@pytest.mark.parametrize("window", [1, 2, 8])
+@pytest.mark.parametrize("batch_size", [3, 8])
+@pytest.mark.parametrize("partner", [8, 9, 11, 15, 16, 17, 91])
+def test_no_step_holds_a_row_twice(partner: int, batch_size: int, window: int) -> None:
+    """Neither where a pass over the partner ends inside a step nor where a window holds a row many times."""
+    plan = plan_of(partner=partner, batch_size=batch_size, window=window)
+    for step in range(6 * plan.steps_per_epoch):
+        rows = plan.step(step)
+        assert len(set(rows["retain"].tolist())) == len(rows["retain"]) == len(rows["forget"])
+
+
+def orders_of(plan: PairedPlan, split: str, num_epochs: int) -> list[np.ndarray[Any, Any]]:
+    """The place of every row in the steps of each epoch, one behind the other."""
+    return [
+        np.argsort(rows_of(plan, split, range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)))
+        for epoch in range(num_epochs)
+    ]
+
+
+def num_pairs_met_again(plan: PairedPlan, num_epochs: int) -> tuple[int, int]:
+    """Of the pairs of leading rows that share a step, how many share one in the next epoch too; and how many there are."""
+
+    def pairs(epoch: int) -> set[tuple[int, int]]:
+        steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+        return {pair for step in steps for pair in itertools.combinations(sorted(plan.step(step)["forget"].tolist()), 2)}
+
+    met = [pairs(epoch) for epoch in range(num_epochs)]
+    return sum(len(one & other) for one, other in itertools.pairwise(met)), sum(map(len, met[:-1]))
+
+
+@pytest.mark.parametrize(("num_rows", "batch_size", "num_epochs"), [(7, 1, 200), (100, 8, 40), (4000, 8, 4)])
+def test_the_orders_of_two_epochs_have_nothing_to_do_with_each_other(num_rows: int, batch_size: int, num_epochs: int) -> None:
+    """The mean rank correlation of n rows over k pairs of epochs has mean 0 and sd 1/sqrt(k (n - 1)) when they are independent."""
+    plan = PairedPlan({"forget": np.full(num_rows, 9)}, batch_size=batch_size, seed=3, window=8)
+    orders = orders_of(plan, "forget", num_epochs)
+    for lag in (1, 2):
+        found = [stats.spearmanr(one, other).statistic for one, other in zip(orders, orders[lag:], strict=False)]
+        assert abs(np.mean(found)) < 4 / np.sqrt(len(found) * (num_rows - 1)), lag
+
+
+@pytest.mark.parametrize(("num_rows", "batch_size", "window", "num_epochs"), [(7, 2, 8, 400), (100, 8, 1, 60), (100, 8, 8, 60), (4000, 8, 8, 6)])
+def test_rows_that_shared_a_step_meet_again_as_often_as_chance_has_it(num_rows: int, batch_size: int, window: int, num_epochs: int) -> None:
+    """Rows of one length: with bucketing by length those of like lengths would meet more often, in whatever order they are drawn."""
+    plan = PairedPlan({"forget": np.full(num_rows, 9)}, batch_size=batch_size, seed=5, window=window)
+    again, pairs = num_pairs_met_again(plan, num_epochs)
+    sizes = [min(batch_size, num_rows - start) for start in range(0, num_rows, batch_size)]
+    chance = sum(size * (size - 1) for size in sizes) / (num_rows * (num_rows - 1))
+    assert pairs * chance - 4.5 * np.sqrt(pairs * chance) < again < pairs * chance + 4.5 * np.sqrt(pairs * chance)
+
+
+def test_the_windows_of_two_epochs_have_orders_of_their_own() -> None:
+    """Where in a window its shortest rows come, over many epochs: every place as often as chance has it."""
+    plan = PairedPlan({"forget": np.arange(32)}, batch_size=4, seed=1, window=8)
+    places = []
+    for epoch in range(400):
+        steps = [plan.step(epoch * 8 + within)["forget"] for within in range(8)]
+        places.append(next(i for i, rows in enumerate(steps) if 0 in rows))
+    assert stats.chisquare(np.bincount(places, minlength=8)).pvalue > 1e-3
+    follows = np.histogram2d(places[:-1], places[1:], bins=8)[0]
+    assert stats.chi2_contingency(follows).pvalue > 1e-3
 
 
 def padded_tokens(plan: PairedPlan) -> int:
