@@ -12,6 +12,7 @@ from soul.data.feed import LocalFeed
 from soul.objectives.methods import NPO, GradDiff, Method
 from soul.optim.configs import AdamWConfig, OptimizerConfig, SophiaConfig
 from soul.train.config import TrainConfig
+from soul.train.divisors import Divisors
 from soul.train.engine import EngineConfig
 from soul.train.loop import Hooks, Progress, train
 from soul.train.single import SingleEngine
@@ -67,6 +68,7 @@ def run_steps(
         steps_per_epoch=feed.plan.steps_per_epoch,
         progress=Progress(),
         hooks=Hooks(after_step=after_step),
+        divisors=Divisors.of(feed.plan, feed.stores),
     )
     return run
 

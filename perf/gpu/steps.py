@@ -35,6 +35,7 @@ from soul.data.pairing import PairedPlan
 from soul.data.store import TokenStore
 from soul.plan import memory_per_worker
 from soul.report.numbers import memory
+from soul.train.divisors import Divisors
 from soul.train.engine import Engine
 from soul.train.engines import make_engine
 from soul.train.loop import Hooks, Progress, train
@@ -117,6 +118,7 @@ class Bench:
             steps_per_epoch=feed.plan.steps_per_epoch,
             progress=Progress(),
             hooks=Hooks(after_step=lambda row: moments.append(Moment.now(self.device))),
+            divisors=Divisors.of(feed.plan, feed.stores),
         )
         taken = moments[-1].since(moments[-1 - steps]).per(steps)
         if side.engine == "deepspeed":

@@ -45,7 +45,8 @@ class PairedPlan:
         for split, lengths_R in self.lengths.items():
             if len(lengths_R) < self.rows_per_step:
                 raise InputError(
-                    f"the {split} split has {len(lengths_R)} rows, need >= {self.rows_per_step} (one batch). Lower --batch-size or add rows."
+                    f"the {split} split has {len(lengths_R)} rows, need >= {self.rows_per_step} (one batch). "
+                    "Lower --batch-size or add rows."
                 )
 
     @cached_property

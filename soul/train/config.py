@@ -35,7 +35,12 @@ class TrainConfig(BaseModel):
     lora_rank: int | None = Field(
         None, ge=1, description="train adapters of this rank on the blocks' linear layers, with peft, instead of all weights (null: all)"
     )
-    bucket_window: int = Field(8, ge=1, description="steps whose rows are bucketed by length together (1: no bucketing)")
+    bucket_window: int = Field(
+        8,
+        ge=1,
+        description="steps whose rows are bucketed by length together, which saves padding: 1 does not bucket. Every row weighs the same "
+        "whatever the window, because sums are divided by what a step has on average",
+    )
 
     def total_steps(self, steps_per_epoch: int) -> int:
         steps = self.epochs * steps_per_epoch

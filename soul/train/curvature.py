@@ -15,9 +15,9 @@ from soul.optim.configs import OneShotConfig, OptimizerConfig
 from soul.optim.curvature import probe_signs
 from soul.optim.sophia import SophiaG
 from soul.records import InputError
+from soul.train.divisors import Divisors, WholePass
 from soul.train.engine import Engine, unwrap
-from soul.train.objective import global_counts, root_weighted_nll, sampled_loss, select, supervised_rows, take, weighted_nll
-from soul.train.one_shot import WholePass
+from soul.train.objective import root_weighted_nll, sampled_loss, select, supervised_rows, take, weighted_nll
 
 
 def hessian_splits(method: Method, optimizer: OptimizerConfig) -> tuple[str, ...]:
@@ -45,20 +45,17 @@ def measure_curvature(
     batches: Sequence[Batch],
     method: Method,
     optimizer: OptimizerConfig,
+    divisors: Divisors,
     *,
     seed: int,
     update: int,
-    whole: WholePass | None = None,
 ) -> None:
-    """Update h from the rows of a step; its gradients are never norm-clipped. `update`: number of the update, which names its noise.
-
-    `whole`: divide by the counts of this pass instead of the step's.
-    """
-    if whole is None:
-        token_weights = _step_weights(engine, batches, method, optimizer)
+    """Update h from the rows of a step; its gradients are never norm-clipped. `update`: number of the update, which names its noise."""
+    if isinstance(optimizer, OneShotConfig):
+        assert isinstance(divisors, WholePass)
+        token_weights = divisors.token_weights(optimizer.hessian_data)
     else:
-        assert isinstance(optimizer, OneShotConfig)
-        token_weights = whole.token_weights(optimizer.hessian_data)
+        token_weights = _step_weights(method, optimizer, divisors)
     match optimizer.estimator:
         case "hutchinson":
             fold_hutchinson(engine, batches, token_weights, seed=seed, update=update)
@@ -68,12 +65,10 @@ def measure_curvature(
             fold_gauss_newton(engine, batches, token_weights, seed=seed, update=update)
 
 
-def _step_weights(engine: Engine, batches: Sequence[Batch], method: Method, optimizer: OptimizerConfig) -> dict[str, float]:
+def _step_weights(method: Method, optimizer: OptimizerConfig, divisors: Divisors) -> dict[str, float]:
     """The weight of each token in the loss of the step."""
     splits = hessian_splits(method, optimizer)
-    counts = global_counts(engine, batches, [(split, "tokens") for split in splits])
-    weights = {term.split: term.weight for term in method.terms()}
-    return {split: weights[split] / tokens for split, tokens in zip(splits, counts, strict=True) if tokens > 0}
+    return {term.split: term.weight / divisors.counts[term.split, "tokens"] for term in method.terms() if term.split in splits}
 
 
 def curvature_mean(engine: Engine) -> float:

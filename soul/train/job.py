@@ -27,11 +27,11 @@ from soul.objectives.methods import Method, streamed_splits
 from soul.optim.configs import OneShotConfig, OptimizerConfig
 from soul.rundir import write_atomically
 from soul.train.config import TrainConfig
+from soul.train.divisors import Divisors, WholePass
 from soul.train.engine import BuildModel, BuildOptimizer, Engine, EngineConfig, Need
 from soul.train.loop import Hooks, Progress, train
 from soul.train.lora import add_adapters, add_stored_adapters
 from soul.train.moved import MovedWeights
-from soul.train.one_shot import WholePass
 from soul.train.probe import probe_splits
 from soul.train.reference import make_reference
 
@@ -137,7 +137,7 @@ def run_job(
         steps_per_epoch=plan.steps_per_epoch,
         progress=progress,
         hooks=Hooks(after_step, partial(probes.after, total=total), partial(save_checkpoint, engine), must_save),
-        whole=WholePass.of(plan, stores, total) if isinstance(job.optimizer, OneShotConfig) else None,
+        divisors=WholePass.of_run(plan, stores, total) if isinstance(job.optimizer, OneShotConfig) else Divisors.of(plan, stores),
     )
     with _rescued(partial(save_checkpoint, engine, progress), needed=progress.step != resumed_at):
         engine.export(Path(job.export), tokenizer=tokenizer, dtype=_export_dtype(job))

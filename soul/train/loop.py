@@ -21,9 +21,9 @@ from soul.optim.schedule import lr_factor
 from soul.optim.sophia import SophiaG
 from soul.train.config import Clock, TrainConfig
 from soul.train.curvature import curvature_mean, measure_curvature
+from soul.train.divisors import Divisors, WholePass
 from soul.train.engine import Engine
 from soul.train.objective import global_counts, term_sums
-from soul.train.one_shot import WholePass
 from soul.train.telemetry import Telemetry
 
 
@@ -86,24 +86,23 @@ class _Descent:
     save_due: bool
 
 
-def _descend(engine: Engine, batches: Sequence[Batch], method: Method, step: int, whole: WholePass | None, *, is_late: bool) -> _Descent:
+def _descend(engine: Engine, batches: Sequence[Batch], method: Method, step: int, divisors: Divisors, *, is_late: bool) -> _Descent:
     """Backward of the objective over all micro-batches.
 
-    The gradient is of means over the step, or of the step's part of means over a `whole` pass. That a rank wants a checkpoint travels
-    with the counts, which are whole numbers: no reduction more, and no sum that it could change.
+    The gradient is of sums over the step divided by constants of the run; the reported values are means over the step. That a rank
+    wants a checkpoint travels with the counts, which are whole numbers: no reduction more, and no sum that it could change.
     """
     terms = method.terms()
     wanted = [(term.split, term.unit) for term in terms] + [(term.split, "tokens") for term in terms]
     *counts, late = global_counts(engine, batches, wanted, int(is_late))
-    divisors, tokens = counts[: len(terms)], sum(counts[len(terms) :])
-    shares = divisors if whole is None else [whole.tokens[term.split] for term in terms]
+    own, tokens = counts[: len(terms)], sum(counts[len(terms) :])
     totals = torch.zeros(len(terms), dtype=torch.float64, device=engine.device)
     for i, batch in enumerate(batches):
         sums = term_sums(engine, batch, terms)
-        parts = [term.weight / max(divisor, 1) * value for term, divisor, value in zip(terms, shares, sums, strict=True)]
+        parts = [term.weight / divisors.of_term(term) * value for term, value in zip(terms, sums, strict=True)]
         engine.backward(torch.stack(parts).sum(), last=i == len(batches) - 1)
         totals += torch.stack([value.detach().double() for value in sums])
-    means = engine.all_reduce_sum(totals).cpu() / torch.tensor(divisors, dtype=torch.float64).clamp(min=1)
+    means = engine.all_reduce_sum(totals).cpu() / torch.tensor(own, dtype=torch.float64).clamp(min=1)
     values = dict(zip((term.name for term in terms), means.tolist(), strict=True))
     if not all(map(math.isfinite, values.values())):
         raise NonFiniteLoss(step, [name for name, value in values.items() if not math.isfinite(value)])
@@ -111,17 +110,17 @@ def _descend(engine: Engine, batches: Sequence[Batch], method: Method, step: int
 
 
 def _prepare_step(
-    engine: Engine, optimizer: OptimizerConfig, config: TrainConfig, progress: Progress, total: int, whole: WholePass | None
+    engine: Engine, optimizer: OptimizerConfig, config: TrainConfig, progress: Progress, total: int, divisors: Divisors
 ) -> float:
     """Tell the optimizer what only the loop counts; returns the learning rate of this step."""
     stepper = engine.optimizer
     if isinstance(stepper, SophiaG):
         stepper.set_hessian_updates(progress.hessian_updates)  # not in checkpoints: a resumed run counts from here
     if isinstance(optimizer, OneShotConfig):
-        assert isinstance(stepper, OneShot) and whole is not None and engine.config.max_grad_norm is None
+        assert isinstance(stepper, OneShot) and isinstance(divisors, WholePass) and engine.config.max_grad_norm is None
         is_last = progress.step == total - 1
         stepper.set_step(is_last=is_last, damping=optimizer.damping * curvature_mean(engine) if is_last else 0.0)
-        rate = whole.forget_share if optimizer.step_length is None else optimizer.step_length
+        rate = divisors.forget_share if optimizer.step_length is None else optimizer.step_length
     else:
         schedule = lr_factor(progress.step, total_steps=total, warmup_fraction=config.warmup_fraction, schedule=config.schedule)
         rate = optimizer.learning_rate * schedule
@@ -140,9 +139,9 @@ def train(
     steps_per_epoch: int,
     progress: Progress,
     hooks: Hooks,
-    whole: WholePass | None = None,
+    divisors: Divisors,
 ) -> Progress:
-    """Run from `progress.step` to the end. `steps` yields this rank's micro-batches from that step on; `whole` is for one_shot.
+    """Run from `progress.step` to the end. `steps` yields this rank's micro-batches from that step on. one_shot asks for a WholePass.
 
     Raises:
         NonFiniteLoss, NonFiniteGradient: a term's value is NaN or infinite, or the gradient is though no value was.
@@ -157,10 +156,11 @@ def train(
         started = time.perf_counter()
         batches = [batch.to(engine.device) for batch in batches]
         if optimizer.curvature_due(progress.step):
-            measure_curvature(engine, batches, method, optimizer, seed=config.seed, update=progress.hessian_updates, whole=whole)
+            measure_curvature(engine, batches, method, optimizer, divisors, seed=config.seed, update=progress.hessian_updates)
             progress.hessian_updates += 1
-        rate = _prepare_step(engine, optimizer, config, progress, total, whole)
-        found = _descend(engine, batches, method, progress.step, whole, is_late=(clock.is_late() and engine.rank == 0) or hooks.must_save())
+        rate = _prepare_step(engine, optimizer, config, progress, total, divisors)
+        is_late = (clock.is_late() and engine.rank == 0) or hooks.must_save()
+        found = _descend(engine, batches, method, progress.step, divisors, is_late=is_late)
         telemetry.before_step(progress.step)
         if not math.isfinite((info := engine.step()).grad_norm):
             raise NonFiniteGradient(progress.step)

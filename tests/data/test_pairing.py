@@ -160,7 +160,9 @@ def test_the_orders_of_two_epochs_have_nothing_to_do_with_each_other(num_rows: i
         assert abs(np.mean(found)) < 4 / np.sqrt(len(found) * (num_rows - 1)), lag
 
 
-@pytest.mark.parametrize(("num_rows", "batch_size", "window", "num_epochs"), [(7, 2, 8, 400), (100, 8, 1, 60), (100, 8, 8, 60), (4000, 8, 8, 6)])
+@pytest.mark.parametrize(
+    ("num_rows", "batch_size", "window", "num_epochs"), [(7, 2, 8, 400), (100, 8, 1, 60), (100, 8, 8, 60), (4000, 8, 8, 6)]
+)
 def test_rows_that_shared_a_step_meet_again_as_often_as_chance_has_it(num_rows: int, batch_size: int, window: int, num_epochs: int) -> None:
     """Rows of one length: with bucketing by length those of like lengths would meet more often, in whatever order they are drawn."""
     plan = PairedPlan({"forget": np.full(num_rows, 9)}, batch_size=batch_size, seed=5, window=window)

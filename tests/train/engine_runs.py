@@ -17,6 +17,7 @@ from soul.data.store import TokenStore
 from soul.objectives.methods import NPO, GradDiff, Method
 from soul.optim.configs import AdamWConfig, OptimizerConfig, SignumConfig, SophiaConfig, SoulReleaseConfig
 from soul.train.config import TrainConfig
+from soul.train.divisors import Divisors
 from soul.train.engine import Engine, EngineConfig
 from soul.train.engines import make_engine
 from soul.train.loop import Hooks, Progress, train
@@ -100,15 +101,17 @@ def new_engine(name: str, optimizer: str, *, rank: int = 0, world: int = 1, dtyp
 def run_steps(engine: Engine, optimizer: str, progress: Progress, stop: int, *, global_micro_batch: int = 2) -> list[dict[str, Any]]:
     """Train from `progress.step` to `stop`; the rows the loop reports."""
     rows: list[dict[str, Any]] = []
+    feed = feed_of(engine, global_micro_batch=global_micro_batch)
     train(
         engine,
         method=METHODS[optimizer],
         optimizer=CONFIGS[optimizer],
         config=TRAIN,
-        steps=feed_of(engine, global_micro_batch=global_micro_batch).steps(progress.step, stop),
+        steps=feed.steps(progress.step, stop),
         steps_per_epoch=STEPS_PER_EPOCH,
         progress=progress,
         hooks=Hooks(after_step=rows.append),
+        divisors=Divisors.of(feed.plan, feed.stores),
     )
     assert progress.step == stop
     return rows

@@ -18,9 +18,9 @@ from soul.data.store import TokenStore
 from soul.objectives.methods import METHODS, Method, streamed_splits
 from soul.optim.configs import OPTIMIZERS, AdamWConfig, OneShotConfig, OptimizerConfig, SophiaConfig, SophiaHConfig
 from soul.train.config import TrainConfig
+from soul.train.divisors import Divisors, WholePass
 from soul.train.engine import EngineConfig
 from soul.train.loop import Hooks, Progress, train
-from soul.train.one_shot import WholePass
 from soul.train.single import SingleEngine
 from tests.train.engine_runs import VOCAB, tiny_llama
 
@@ -84,7 +84,7 @@ def feed_of(method: Method, config: TrainConfig = TRAIN, rows: Mapping[str, Sequ
 
 
 def whole_pass(feed: LocalFeed, config: TrainConfig) -> WholePass:
-    return WholePass.of(feed.plan, feed.stores, config.total_steps(feed.plan.steps_per_epoch))
+    return WholePass.of_run(feed.plan, feed.stores, config.total_steps(feed.plan.steps_per_epoch))
 
 
 def go(
@@ -115,7 +115,7 @@ def go(
         steps_per_epoch=feed.plan.steps_per_epoch,
         progress=run.progress,
         hooks=Hooks(after_step, lambda epoch, progress: run.epochs.append((epoch, progress.step))),
-        whole=whole_pass(feed, config) if isinstance(optimizer, OneShotConfig) else None,
+        divisors=whole_pass(feed, config) if isinstance(optimizer, OneShotConfig) else Divisors.of(feed.plan, feed.stores),
     )
     return run
 

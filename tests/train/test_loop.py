@@ -71,7 +71,7 @@ def row_logits(model: nn.Module, row: TokenRow) -> Tensor:
 
 
 def naive_terms(model: nn.Module, method: Method, step: int) -> tuple[dict[str, Tensor], Tensor]:
-    """The terms' means over the whole step, and their weighted sum, row by row without batches."""
+    """The terms' means over the whole step, and what is differentiated: sums over what a full step has on average. No batches."""
     sums: dict[str, list[Tensor]] = {}
     tokens: dict[str, int] = {}
     for split, row in rows_at(step, method):
@@ -84,12 +84,17 @@ def naive_terms(model: nn.Module, method: Method, step: int) -> tuple[dict[str, 
         elif split != "forget":
             logp = -logp
         sums.setdefault(split, []).append(logp)
-    means = {
-        split: torch.stack(values).sum() / (len(values) if isinstance(method, NPO) and split == "forget" else tokens[split])
-        for split, values in sums.items()
-    }
+    by_row = {split: isinstance(method, NPO) and split == "forget" for split in sums}
+    totals = {split: torch.stack(values).sum() for split, values in sums.items()}
+    means = {split: total / (len(sums[split]) if by_row[split] else tokens[split]) for split, total in totals.items()}
+    usual = {split: total / (TRAIN.batch_size if by_row[split] else mean_tokens(split)) for split, total in totals.items()}
     weight = getattr(method, "retain_weight", 0.0)
-    return means, sum((weight if split == "retain" else 1.0) * value for split, value in means.items())  # type: ignore[return-value]
+    return means, sum((weight if split == "retain" else 1.0) * value for split, value in usual.items())  # type: ignore[return-value]
+
+
+def mean_tokens(split: str) -> float:
+    """Answer tokens of a full step's rows, on average over the rows of the split."""
+    return TRAIN.batch_size * sum(row.num_supervised for row in ROWS[split]) / len(ROWS[split])
 
 
 @pytest.mark.parametrize("step", [0, 2])  # the last step of an epoch has one row of each split
@@ -103,7 +108,8 @@ def test_losses_and_gradients_are_those_of_a_loop_over_rows(method: Method, step
     norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
     [row] = go(run, method, ADAMW, stop=step + 1).rows
     assert row["terms"] == pytest.approx({name: value.item() for name, value in means.items()}, rel=1e-10)
-    assert row["loss"] == pytest.approx(loss.item(), rel=1e-10)
+    weights = {"retain": getattr(method, "retain_weight", 0.0)}
+    assert row["loss"] == pytest.approx(sum(weights.get(name, 1.0) * value.item() for name, value in means.items()), rel=1e-10)
     assert row["grad_norm"] == pytest.approx(norm, rel=1e-10)
     momenta = run.engine.optimizer.state
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
@@ -220,9 +226,7 @@ def _altered(row: TokenRow) -> TokenRow:
 def naive_curvature(
     model: nn.Module, method: Method, weights: dict[str, float], groups: Sequence[Sequence[tuple[str, TokenRow]]]
 ) -> list[Tensor]:
-    """Sum over `groups` of the squared gradient of sum_rows sum_tokens sqrt(weight / T) CE(sampled label), T the split's tokens."""
-    everything = [pair for group in groups for pair in group]
-    tokens = {split: sum(row.num_supervised for name, row in everything if name == split) for split in weights}
+    """Sum over `groups` of the squared gradient of sum_rows sum_tokens sqrt(weight / T) CE(sampled label), T the split's tokens a step."""
     totals = [torch.zeros_like(parameter) for parameter in model.parameters()]
     for group in groups:
         loss = torch.zeros((), dtype=torch.float64)
@@ -238,7 +242,7 @@ def naive_curvature(
                 )
                 labels = sample_labels(logits.detach(), uniforms)
                 logps = logits.log_softmax(-1).gather(-1, labels[:, None])
-                loss = loss - math.sqrt(weights[split] / tokens[split]) * logps.sum()
+                loss = loss - math.sqrt(weights[split] / mean_tokens(split)) * logps.sum()
         if loss.requires_grad:
             for total, gradient in zip(totals, torch.autograd.grad(loss, list(model.parameters())), strict=True):
                 total += gradient.square()

@@ -22,11 +22,11 @@ from soul.models.stored import stored_model
 from soul.objectives.methods import GradDiff, Influence, Method
 from soul.optim.configs import OneShotConfig, OptimizerConfig, SophiaHConfig
 from soul.plan import memory_per_worker, shape_of
+from soul.train.divisors import Divisors, WholePass
 from soul.train.engine import BuildModel, Engine, EngineConfig
 from soul.train.engines import make_engine
 from soul.train.job import state_bytes
 from soul.train.loop import Hooks, Progress, train
-from soul.train.one_shot import WholePass
 from tests.distributed import spawn
 from tests.train.engine_runs import STEPS_PER_EPOCH, TRAIN, VOCAB, feed_of, full_state, largest_difference, tiny_llama
 
@@ -58,7 +58,9 @@ def run(name: str, case: str, dtype: torch.dtype, *, rank: int = 0, world: int =
         steps_per_epoch=STEPS_PER_EPOCH,
         progress=Progress(),
         hooks=Hooks(after_step=rows.append),
-        whole=WholePass.of(feed.plan, feed.stores, STEPS_PER_EPOCH) if isinstance(optimizer, OneShotConfig) else None,
+        divisors=WholePass.of_run(feed.plan, feed.stores, STEPS_PER_EPOCH)
+        if isinstance(optimizer, OneShotConfig)
+        else Divisors.of(feed.plan, feed.stores),
     )
     return {"losses": [row["loss"] for row in rows], "state": full_state(engine), "bytes": held_bytes(engine)}
 
