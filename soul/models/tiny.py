@@ -1,4 +1,4 @@
-"""The tiny Llama of the demo and the tests: built from scratch, with a tokenizer trained on the data at hand.
+"""The tiny Llama of the demo and the tests: built from scratch, with a tokenizer trained on the rows to keep.
 
 Sizes follow first measurements (reference/results.md of the project's notes): two layers of width 128 memorise a few hundred
 question-answer pairs in about a thousand steps on one CPU core.
@@ -27,7 +27,7 @@ class TinyConfig(BaseModel):
     intermediate_size: int = Field(336, ge=8, description="width of the SwiGLU layer")
     num_layers: int = Field(2, ge=1, description="decoder blocks")
     num_heads: int = Field(4, ge=1, description="attention heads")
-    vocab_size: int = Field(4000, ge=300, description="byte-level BPE vocabulary, trained on the data")
+    vocab_size: int = Field(4000, ge=300, description="byte-level BPE vocabulary, trained on the rows to keep")
     max_length: int = Field(512, ge=16, description="longest sequence, tokens")
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ batches of unlearning, so they show collateral damage.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,7 @@ from soul.models.tiny import tiny_model, tiny_tokenizer
 from soul.objectives.methods import Finetune
 from soul.orchestration.progress import Display
 from soul.orchestration.train import fit
+from soul.records import Record
 from soul.rundir import RunDir, digest
 from soul.store import attach, discard, local, place_of, publish, pull, skim
 from soul.train.engine import EngineConfig
@@ -50,21 +51,31 @@ def weights_stamp(folder: Path) -> str:
 
 
 def starting_model(config: Config, benchmark: Benchmark, cache: Path) -> str:
-    """What training starts from: the given model, or a tiny Llama with random weights and a tokenizer made of the benchmark's words."""
+    """What training starts from: the given model, or a tiny Llama with random weights and a tokenizer made of what is to be kept."""
     if config.model.path is not None:
         given = local(config.model.path)
         check_model_folder(given)
         return given
-    used = [split for split in ("forget", "retain", *WORLD_SETS) if split in benchmark.splits]
+    used = [split for split in ("retain", *WORLD_SETS) if split in benchmark.splits]
     prints = benchmark.fingerprints()
     folder = cache / "init" / digest([[prints[split] for split in used], config.model.tiny.model_dump(), config.prepare.seed], length=20)
     if not (pull(folder) and (folder / "config.json").is_file()):
-        records = [record for split in used for record in benchmark.splits[split]]
-        texts = [text for record in records for text in (f"Question: {record.prompt}\nAnswer:", f" {record.response}")]
+        texts = tokenizer_texts(record for split in used for record in benchmark.splits[split])
         tokenizer = tiny_tokenizer(texts, config.model.tiny.vocab_size)
         save_model(folder, tiny_model(config.model.tiny, tokenizer, seed=config.prepare.seed), tokenizer)
         publish(folder)
     return str(folder)
+
+
+def tokenizer_texts(records: Iterable[Record]) -> Iterator[str]:
+    """What a tiny model's tokenizer is trained on: rows to keep, in the plain format.
+
+    Never the rows to forget. A tokenizer with tokens for their names makes them shorter and likelier than those of a holdout set, and
+    then even a model that has seen neither tells them apart.
+    """
+    for record in records:
+        yield f"Question: {record.prompt}\nAnswer:"
+        yield f" {record.response}"
 
 
 def preparing_engine(config: Config) -> EngineConfig:
