@@ -20,7 +20,7 @@ from soul.objectives.methods import NPO, Influence, MethodConfig
 from soul.optim.configs import OPTIMIZERS, OneShotConfig, OptimizerConfig
 from soul.rundir import digest
 from soul.store import local
-from soul.train.config import TrainConfig
+from soul.train.config import RECIPE, TrainConfig
 from soul.train.curvature import hessian_splits
 from soul.train.engine import EngineConfig, Precision
 
@@ -361,6 +361,7 @@ def prepare_key(config: Config, fingerprint: str, kind: Literal["target", "retra
     """
     model = config.model
     facts = {
+        "recipe": RECIPE,
         "kind": kind,
         "data": fingerprint,
         "format": [config.data.chat, config.data.max_length],

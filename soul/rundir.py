@@ -111,19 +111,20 @@ class RunDir:
                 f"output {self.path} cannot be written ({error.strerror}). Choose another --output or change its permissions."
             ) from error
 
-    def _marker(self, stage: str) -> Path:
+    def marker(self, stage: str) -> Path:
+        """The file that says a stage has finished."""
         return self.path / ".stages" / f"{stage}.json"
 
     def finished(self, stage: str, key: str) -> dict[str, Any] | None:
         """What a finished stage left in its marker; None if it has not finished, or finished with other inputs (`key`)."""
-        marker = self._marker(stage)
+        marker = self.marker(stage)
         if not marker.is_file():
             return None
         found: dict[str, Any] = json.loads(marker.read_text())
         return found["value"] if found["key"] == key else None
 
     def finish(self, stage: str, key: str, value: Mapping[str, Any]) -> None:
-        write_json(self._marker(stage), {"key": key, "value": dict(value)})
+        write_json(self.marker(stage), {"key": key, "value": dict(value)})
 
 
 def versions() -> dict[str, str]:

@@ -13,17 +13,16 @@ from soul.data.store import finish_store, is_store, write_part
 from soul.data.tokenize import token_rows
 from soul.device import seen
 from soul.models.load import load_tokenizer, save_model
-from soul.models.tiny import TinyConfig, tiny_model, tiny_tokenizer
+from soul.models.tiny import WORLD_SETS, TinyConfig, kept_texts, tiny_model, tiny_tokenizer
 from soul.objectives.methods import Finetune
 from soul.optim.configs import OPTIMIZERS
 from soul.records import Record
 from soul.rundir import digest
-from soul.train.config import TrainConfig
+from soul.train.config import RECIPE, TrainConfig
 from soul.train.engine import EngineConfig
 from soul.train.job import TrainJob, run_job
 from soul.train.single import SingleEngine
 
-WORLD_SETS = ("real_authors", "world_facts")
 SEED = 0
 LEARNING_RATE, WEIGHT_DECAY, BATCH_SIZE = 2e-3, 0.01, 16  # with which a tiny Llama memorises in a thousand steps
 
@@ -62,9 +61,9 @@ def prepare(benchmark: Benchmark, folder: Path, *, tiny: TinyConfig, steps: int,
     """Tokenise, train both models for `steps` steps of AdamW, unless `folder` has it all."""
     trained = [split for split in ("forget", "retain", *WORLD_SETS) if split in benchmark.splits]
     prints = benchmark.fingerprints()
-    key = digest([[prints[split] for split in trained], tiny.model_dump(), steps, LEARNING_RATE, WEIGHT_DECAY, BATCH_SIZE, SEED])
+    key = digest([RECIPE, [prints[split] for split in trained], tiny.model_dump(), steps, LEARNING_RATE, WEIGHT_DECAY, BATCH_SIZE, SEED])
     root = folder / "models" / key
-    start = _start(benchmark, trained, root / "start", tiny)
+    start = _start(benchmark, root / "start", tiny)
     evaluated = {
         split: halves(rows)
         for split, rows in (
@@ -95,12 +94,10 @@ def prepare(benchmark: Benchmark, folder: Path, *, tiny: TinyConfig, steps: int,
     )
 
 
-def _start(benchmark: Benchmark, trained: Sequence[str], folder: Path, tiny: TinyConfig) -> Path:
-    """Random weights, and a tokenizer made of the benchmark's words."""
+def _start(benchmark: Benchmark, folder: Path, tiny: TinyConfig) -> Path:
+    """Random weights, and a tokenizer made of what is to be kept."""
     if not (folder / "config.json").is_file():
-        records = [record for split in trained for record in benchmark.splits[split]]
-        texts = [text for record in records for text in (f"Question: {record.prompt}\nAnswer:", f" {record.response}")]
-        tokenizer = tiny_tokenizer(texts, tiny.vocab_size)
+        tokenizer = tiny_tokenizer(kept_texts(benchmark.splits), tiny.vocab_size)
         save_model(folder, tiny_model(tiny, tokenizer, seed=SEED), tokenizer)
     return folder
 

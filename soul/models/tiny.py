@@ -6,14 +6,18 @@ question-answer pairs in about a thousand steps on one CPU core.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from soul.records import Record
+
 if TYPE_CHECKING:  # two seconds that a command line's --help need not take
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+WORLD_SETS = ("real_authors", "world_facts")  # what a model from scratch also learns: no pre-training has taught it
+KEPT_SPLITS = ("retain", *WORLD_SETS)
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 
 
@@ -38,6 +42,18 @@ class TinyConfig(BaseModel):
                 f"got {self.hidden_size}. Change hidden_size or num_heads."
             )
         return self
+
+
+def kept_texts(splits: Mapping[str, Sequence[Record]]) -> Iterator[str]:
+    """What the tokenizer of a tiny model is trained on: the rows to keep, in the plain format.
+
+    Never the rows to forget. A tokenizer with tokens for their names makes them shorter and likelier than the rows of a holdout set, and
+    then even a model that has seen neither tells them apart.
+    """
+    for split in KEPT_SPLITS:
+        for record in splits.get(split, ()):
+            yield f"Question: {record.prompt}\nAnswer:"
+            yield f" {record.response}"
 
 
 def tiny_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -16,7 +16,7 @@ from soul.orchestration.progress import Display
 from soul.orchestration.train import fit
 from soul.rundir import RunDir, digest
 from soul.store import discard, place_of, skim
-from soul.train.config import CADENCE
+from soul.train.config import CADENCE, RECIPE
 from soul.train.engine import PLACEMENT
 from soul.train.job import JobResult, TrainJob
 from soul.train.reference import reference_path
@@ -36,7 +36,7 @@ def unlearn(
     settings = config.model_dump(mode="json", include={"method", "optimizer", "train"})
     settings["train"] = {name: value for name, value in settings["train"].items() if name not in CADENCE} | USUAL_CADENCE
     computed = config.engine.model_dump(mode="json", exclude=set(PLACEMENT))  # a run can be resumed on other workers
-    key = digest([settings, computed, target.key, [stores[split].name for split in splits]])
+    key = digest([RECIPE, settings, computed, target.key, [stores[split].name for split in splits]])
     done: dict[str, Any] | None = run.finished("train", key)
     title = f"{TITLES[config.method.name]} with {config.optimizer.name}"
     if done is not None and skim(run.model, without=WEIGHTS):

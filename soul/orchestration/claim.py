@@ -14,12 +14,12 @@ from soul.preflight import check_output
 from soul.records import InputError
 from soul.rundir import RunDir, digest, write_atomically
 from soul.store import attach, check_writable, holds
-from soul.train.config import CADENCE
+from soul.train.config import CADENCE, RECIPE
 from soul.train.engine import PLACEMENT, Precision
 
 # Where a run lies and how it is watched does not make it another run.
 _INCIDENTAL = {"output", "cache", "address", "resume", "progress", "verbose"}
-_STAGE, _PRECISION = "outcome", "precision"
+_STAGE, _PRECISION, _RECIPE = "outcome", "precision", "recipe"
 _AUTO = "auto"
 
 
@@ -65,6 +65,26 @@ def check_unclaimed(config: Config) -> None:
             else "Choose another --output, or delete that folder."
         )
         raise InputError(f"{config.output} holds another run: its {', '.join(other)} settings differ. {instead}")
+    if not is_finished(folder):
+        check_recipe(config)
+
+
+def is_finished(folder: RunDir) -> bool:
+    """Whether the run in `folder` has come to its end, with whatever settings."""
+    return folder.marker(_STAGE).is_file()
+
+
+def check_recipe(config: Config) -> None:
+    """Raises:
+    InputError: the run directory holds a run of a version that made other weights of the same settings, and would go on with it.
+    """
+    folder = run_dir(config)
+    if _has_begun(folder) and folder.finished(_RECIPE, str(RECIPE)) is None:
+        raise InputError(
+            f"{config.output} holds a run of an earlier version of soul, which put rows into steps in another order and measured "
+            "curvature otherwise: half of each would be neither. Choose another --output, or delete that folder, or finish the run with "
+            "that version. Its report and its model can still be read."
+        )
 
 
 def claim(config: Config) -> None:
@@ -73,6 +93,7 @@ def claim(config: Config) -> None:
     folder.create()
     if (begun := begun_in(config)) is not None:  # config.json will no longer say it
         folder.finish(_PRECISION, _AUTO, {"precision": begun})
+    folder.finish(_RECIPE, str(RECIPE), {})
     write_atomically(folder.config, config.model_dump_json(indent=2) + "\n")
 
 
@@ -156,5 +177,5 @@ def _has_begun(folder: RunDir) -> bool:
     return (
         folder.metrics.is_file()
         or folder.checkpoints.is_dir()
-        or any(marker.stem not in (_PRECISION, ATTEMPTS) for marker in (folder.path / ".stages").glob("*"))
+        or any(marker.stem not in (_PRECISION, _RECIPE, ATTEMPTS) for marker in (folder.path / ".stages").glob("*"))
     )

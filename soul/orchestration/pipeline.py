@@ -22,7 +22,7 @@ from soul.objectives.methods import TITLES
 from soul.orchestration.arm import unlearn
 from soul.orchestration.capacity import card_kinds, room_for
 from soul.orchestration.checks import check_local_workers, check_model, check_run
-from soul.orchestration.claim import check_claim, claim, decided_run, is_done, mark_done, run_dir
+from soul.orchestration.claim import check_claim, check_recipe, claim, decided_run, is_done, mark_done, run_dir
 from soul.orchestration.cluster import cluster
 from soul.orchestration.data import Sources, cache_of, open_sources, trained_splits
 from soul.orchestration.evaluate import Asked, Judge, judge_together, plan_for
@@ -68,6 +68,7 @@ def run(config: Config) -> Path:
     else:
         check_run(config, sources, start)
         for arm in arms:
+            check_recipe(arm)
             claim(arm)
         _work(config, arms, sources, start, given, display)
         for arm in arms:

@@ -6,7 +6,7 @@ batches of unlearning, so they show collateral damage.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,19 +15,18 @@ from soul.config import Config, prepare_key
 from soul.data.sources import Benchmark
 from soul.data.store import TokenStore
 from soul.models.load import check_model_folder, save_model
-from soul.models.tiny import tiny_model, tiny_tokenizer
+from soul.models.tiny import KEPT_SPLITS, WORLD_SETS, kept_texts, tiny_model, tiny_tokenizer
 from soul.objectives.methods import Finetune
 from soul.orchestration.progress import Display
 from soul.orchestration.train import fit
-from soul.records import Record
 from soul.rundir import RunDir, digest
 from soul.store import attach, discard, local, place_of, publish, pull, skim
+from soul.train.config import RECIPE
 from soul.train.engine import EngineConfig
 from soul.train.job import TrainJob
 
 Kind = Literal["target", "retrained"]
 WEIGHTS = ".safetensors"  # what only processes that compute with a model need of it
-WORLD_SETS = ("real_authors", "world_facts")
 
 
 @dataclass(frozen=True)
@@ -56,26 +55,13 @@ def starting_model(config: Config, benchmark: Benchmark, cache: Path) -> str:
         given = local(config.model.path)
         check_model_folder(given)
         return given
-    used = [split for split in ("retain", *WORLD_SETS) if split in benchmark.splits]
-    prints = benchmark.fingerprints()
-    folder = cache / "init" / digest([[prints[split] for split in used], config.model.tiny.model_dump(), config.prepare.seed], length=20)
+    prints = [printed for split, printed in benchmark.fingerprints().items() if split in KEPT_SPLITS]
+    folder = cache / "init" / digest([RECIPE, prints, config.model.tiny.model_dump(), config.prepare.seed], length=20)
     if not (pull(folder) and (folder / "config.json").is_file()):
-        texts = tokenizer_texts(record for split in used for record in benchmark.splits[split])
-        tokenizer = tiny_tokenizer(texts, config.model.tiny.vocab_size)
+        tokenizer = tiny_tokenizer(kept_texts(benchmark.splits), config.model.tiny.vocab_size)
         save_model(folder, tiny_model(config.model.tiny, tokenizer, seed=config.prepare.seed), tokenizer)
         publish(folder)
     return str(folder)
-
-
-def tokenizer_texts(records: Iterable[Record]) -> Iterator[str]:
-    """What a tiny model's tokenizer is trained on: rows to keep, in the plain format.
-
-    Never the rows to forget. A tokenizer with tokens for their names makes them shorter and likelier than those of a holdout set, and
-    then even a model that has seen neither tells them apart.
-    """
-    for record in records:
-        yield f"Question: {record.prompt}\nAnswer:"
-        yield f" {record.response}"
 
 
 def preparing_engine(config: Config) -> EngineConfig:

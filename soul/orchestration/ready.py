@@ -15,7 +15,7 @@ from soul.config import Config
 from soul.data.sources import FICTITIOUS
 from soul.grid_config import GridConfig
 from soul.orchestration.checks import check_local_workers, check_model, check_run
-from soul.orchestration.claim import check_claim, check_unclaimed, run_dir
+from soul.orchestration.claim import check_claim, check_recipe, check_unclaimed, is_finished, run_dir
 from soul.orchestration.data import open_sources
 from soul.orchestration.gold import given_standard
 from soul.orchestration.parallel import run_together
@@ -63,6 +63,9 @@ def check_grid(config: GridConfig, *, unseen: Unseen = everything) -> list[str]:
         run_together([partial(attach, run_dir(run).path) for run in runs], slots=AT_ONCE)
     for run in runs:
         check_unclaimed(run)
+    if not all(is_finished(run_dir(run)) for run in runs):  # what is still to be done is compared with what was
+        for run in runs:
+            check_recipe(run)
     firsts = {run.model.model_dump_json(): run for run in reversed(runs)}
     return list(dict.fromkeys(line for first in firsts.values() for line in _check_inputs(first, unseen)))
 

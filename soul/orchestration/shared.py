@@ -14,11 +14,12 @@ from typing import Literal
 
 from soul.config import Config, DataConfig
 from soul.evaluate.eval_log import EvalLog
+from soul.models.tiny import WORLD_SETS
 from soul.orchestration.data import Sources, cache_of, open_sources, trained_splits
 from soul.orchestration.evaluate import Asked, Judge, Judged, judge_together
 from soul.orchestration.gold import given_standard
 from soul.orchestration.parallel import run_together
-from soul.orchestration.prepare import WORLD_SETS, Prepared, given_model, prepared_model, starting_model
+from soul.orchestration.prepare import Prepared, given_model, prepared_model, starting_model
 from soul.orchestration.progress import Display
 from soul.orchestration.tokens import token_settings, tokenise
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -56,6 +56,10 @@ class TrainConfig(BaseModel):
         by_steps = self.save_steps is not None and step % self.save_steps == 0
         return by_steps or (self.save_every > 0 and step % (self.save_every * steps_per_epoch) == 0)
 
+
+# Raised when the same settings and rows make other weights than before (the order of rows, divisors, curvature, a tokenizer): what was
+# made under another number is another model, and a run that began under one does not go on.
+RECIPE: Final = 2
 
 # When a run is saved and what is kept of it changes nothing in its result: each time it is resumed these may be others.
 CADENCE = frozenset({"save_minutes", "save_steps", "save_every", "keep_checkpoints"})

@@ -13,7 +13,7 @@ from ray.train import TrainingFailedError
 
 from soul.config import Config
 from soul.orchestration.arm import unlearn
-from soul.orchestration.claim import check_claim, claim, decided_run, is_done
+from soul.orchestration.claim import check_claim, check_recipe, claim, decided_run, is_done
 from soul.orchestration.prepare import Prepared
 from soul.orchestration.progress import Display
 from soul.orchestration.train import fit
@@ -97,6 +97,25 @@ def test_a_run_of_an_earlier_version_is_known_and_goes_on_in_its_precision(tmp_p
     write_json(run.config, {**written, "optimiser": "sophia"})
     with pytest.raises(InputError, match=r"that this version cannot read \(config.json: optimiser\)"):
         check_claim(config(tmp_path))
+
+
+def test_a_run_that_a_version_of_another_recipe_began_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of its steps would be of one order of rows and half of another. One that has come to its end is read, and not made again."""
+    monkeypatch.setattr("soul.orchestration.claim.RECIPE", 1)
+    claim(config(tmp_path))
+    monkeypatch.undo()
+    check_claim(config(tmp_path))  # nothing has been computed yet
+    run = RunDir(tmp_path / "run")
+    run.finish("tokens", "key", {})
+    with pytest.raises(InputError, match=r"holds a run of an earlier version of soul"):
+        check_claim(config(tmp_path))
+    run.finish("outcome", "key", {})
+    check_claim(config(tmp_path))
+    with pytest.raises(InputError, match=r"Its report and its model can still be read"):
+        check_recipe(config(tmp_path))
+    run.marker("recipe").unlink()  # as the versions left it that knew of none
+    with pytest.raises(InputError, match=r"holds a run of an earlier version of soul"):
+        check_recipe(config(tmp_path))
 
 
 def test_a_run_keeps_the_precision_it_began_with(tmp_path: Path) -> None:
