@@ -99,9 +99,8 @@ def step_seconds(options: argparse.Namespace) -> dict[str, float]:
             return run_steps(workload, feed, GradDiff(), AdamWConfig(), steps=WARM_UP + options.steps).per_step(options.steps)
 
         work[name] = run
-    return {
-        name: float(np.median([moment.wall for moment in moments])) for name, moments in interleaved(work, rounds=options.rounds).items()
-    }
+    found = interleaved(work, rounds=options.rounds)
+    return {name: float(np.median([moment.wall for moment in moments])) for name, moments in found.items()}
 
 
 def main() -> None:

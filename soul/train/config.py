@@ -38,8 +38,8 @@ class TrainConfig(BaseModel):
     bucket_window: int = Field(
         8,
         ge=1,
-        description="steps whose rows are bucketed by length together, which saves padding (1: no bucketing). Before gradients are clipped, "
-        "every row weighs the same whatever the window: sums are divided by what a step has on average",
+        description="steps whose rows are bucketed by length together, which saves padding (1: no bucketing). Before gradients are "
+        "clipped, every row weighs the same whatever the window: sums are divided by what a step has on average",
     )
 
     def total_steps(self, steps_per_epoch: int) -> int:
