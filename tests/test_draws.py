@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 
-import numpy as np
 from scipy import stats
 
 from soul.draws import permutation, uniforms, words
@@ -20,10 +20,24 @@ def test_streams_have_no_word_in_common() -> None:
         assert not one & other
 
 
-def test_a_stream_is_its_name_alone() -> None:
-    assert np.array_equal(words(10, "rows", 3), words(99, "rows", 3)[:10])
-    # What another machine and another numpy have to draw: SHA-256 of '["rows", 3]' as the key of Philox 4x64-10, counter 0.
-    assert [int(word) for word in words(2, "rows", 3)] == [15079144593799449198, 2406940121258437081]
+def philox_4x64_10(counter: list[int], key: list[int]) -> list[int]:
+    """One block, from the generator's definition (Salmon et al. 2011)."""
+    x, k, mask = list(counter), list(key), 2**64 - 1
+    for _ in range(10):
+        a, b = 0xD2E7470EE14C6C93 * x[0], 0xCA5A826395121157 * x[2]
+        x = [(b >> 64) ^ x[1] ^ k[0], b & mask, (a >> 64) ^ x[3] ^ k[1], a & mask]
+        k = [(k[0] + 0x9E3779B97F4A7C15) & mask, (k[1] + 0xBB67AE8584CAA73B) & mask]
+    return x
+
+
+def test_a_stream_is_philox_keyed_by_the_hash_of_its_name() -> None:
+    """So that every machine and every numpy draws the same."""
+    digest = hashlib.sha256(b'["rows", 3, "q"]').digest()
+    key = [int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")]
+    drawn = [word for block in (1, 2) for word in philox_4x64_10([block, 0, 0, 0], key)]
+    assert words(8, "rows", 3, "q").tolist() == drawn
+    assert words(3, "rows", 3, "q").tolist() == drawn[:3]
+    assert uniforms(8, "rows", 3, "q").tolist() == [(word >> 11) * 2.0**-53 for word in drawn]
 
 
 def test_uniforms_are_uniform() -> None:

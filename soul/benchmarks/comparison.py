@@ -34,7 +34,7 @@ from soul.rundir import digest, write_json
 from soul.train.config import TrainConfig
 from soul.train.engine import EngineConfig
 from soul.train.job import TrainJob, run_job
-from soul.train.loop import NonFiniteGradient, NonFiniteLoss
+from soul.train.loop import NonFinite
 from soul.train.single import SingleEngine
 
 SEARCH_SEED = 0  # the report's seeds are 1, 2, ...
@@ -206,7 +206,7 @@ class Bench:
                     save_checkpoint=lambda engine, progress: None,
                     on_step=lambda row, total: rows.append(row),
                 )
-            except (NonFiniteLoss, NonFiniteGradient) as failure:
+            except NonFinite as failure:
                 return {"diverged_at_step": failure.step, "steps": failure.step, "train_s": None, "telemetry": _telemetry(rows)}
             found = {"diverged_at_step": None, "steps": done.steps, "train_s": done.train_s, "telemetry": _telemetry(rows)}
             if cell.stage == "search":

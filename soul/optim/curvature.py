@@ -17,38 +17,47 @@ Shape letters: B rows, N supervised positions of all rows in row order, V vocabu
 
 from __future__ import annotations
 
-import hashlib
 import math
 import sys
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_WORD = 2**64
+from soul.draws import uniforms, words
 
 
-def label_uniforms(index_B: Tensor, lengths_B: Tensor, *, seed: int, update: int, split_B: Tensor | None = None) -> Tensor:
+def label_uniforms(
+    index_B: Tensor, lengths_B: Tensor, *, seed: int, update: int, split_B: Tensor | None = None, occurrence_B: Tensor | None = None
+) -> Tensor:
     """One uniform in [0, 1) per supervised position, float64 on the CPU, shape (N,).
 
-    Row b's numbers come from a counter-based stream named by (seed, update, split, example index) alone: neither the rank, nor
-    the cut into micro-batches, nor a restart changes them. `update`: number of the curvature update. `lengths_B`: supervised
-    positions per row. `split_B`: where rows of several splits meet, since indices are unique only within one.
+    Row b's numbers come from a counter-based stream named by (seed, update, split, example index, occurrence) alone: neither the rank,
+    nor the cut into micro-batches, nor a restart changes them. `update`: number of the curvature update. `lengths_B`: supervised
+    positions per row. `split_B`: where rows of several splits meet, since indices are unique only within one. `occurrence_B`: how often
+    the row was in the step before; without it the rows given are the step. Copies with the same labels would square to four times what
+    two rows have, and not to twice.
     """
     splits = torch.zeros_like(index_B) if split_B is None else split_B
-    rows = zip(index_B.tolist(), lengths_B.tolist(), splits.tolist(), strict=True)
-    draws = [_uniforms(length, key=(seed, update), stream=(split, index)) for index, length, split in rows]
+    rows = list(zip(splits.tolist(), index_B.where(lengths_B > 0, -1).tolist(), strict=True))
+    occurrences = count_before(rows) if occurrence_B is None else occurrence_B.tolist()
+    draws = [
+        uniforms(length, "sampled labels", seed, update, *row, occurrence)
+        for row, occurrence, length in zip(rows, occurrences, lengths_B.tolist(), strict=True)
+    ]
     return torch.from_numpy(np.concatenate([*draws, np.empty(0)]))
 
 
-def _uniforms(num: int, *, key: tuple[int, int], stream: tuple[int, int]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    return (_words(num, key=key, stream=stream) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _words(num: int, *, key: tuple[int, int], stream: tuple[int, int]) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
-    """The first `num` of a Philox stream. Raw words, because numpy may change what its distributions make of them."""
-    key_words, counter = (np.array([word % _WORD for word in words], dtype=np.uint64) for words in (key, (0, 0, *stream)))
-    return np.asarray(np.random.Philox(key=key_words, counter=counter).random_raw(num), dtype=np.uint64)
+def count_before(rows: Sequence[tuple[int, int]]) -> list[int]:
+    """How often each row is among those before it."""
+    seen: Counter[tuple[int, int]] = Counter()
+    found = []
+    for row in rows:
+        found.append(seen[row])
+        seen[row] += 1
+    return found
 
 
 @torch.no_grad()
@@ -58,7 +67,7 @@ def sample_labels(logits_NV: Tensor, uniforms_N: Tensor, *, chunk: int = 1024) -
     uniforms_N = uniforms_N.to(logits_NV.device)
     labels = [torch.empty(0, dtype=torch.long, device=logits_NV.device)]
     for logits_CV, uniforms_C in zip(logits_NV.split(chunk), uniforms_N.split(chunk), strict=True):
-        cdf_CV = torch.softmax(logits_CV.to(dtype), dim=-1).cumsum_(dim=-1)
+        cdf_CV = torch.softmax(logits_CV.to(dtype), dim=-1).cumsum_(dim=-1).cummax(dim=-1).values  # a parallel sum may fall by a rounding
         total_C = cdf_CV[:, -1]
         # Strictly below the total, whatever the rounding: the first id beyond it then has a positive probability.
         target_C = torch.minimum((uniforms_C * total_C).to(dtype), torch.nextafter(total_C, torch.zeros_like(total_C)))
@@ -72,8 +81,7 @@ def probe_signs(name: str, shape: tuple[int, ...], *, seed: int, update: int) ->
     From a stream named by (seed, update, the parameter's name) alone, so that every rank, cut and restart has the same. Signs and not
     normal numbers: of all probes of unit variance they give the estimate the least one.
     """
-    digest = hashlib.sha256(name.encode()).digest()
     numel = math.prod(shape)
-    words = _words(-(-numel // 64), key=(seed, update), stream=(int.from_bytes(digest[:8]), int.from_bytes(digest[8:16])))
-    bits = np.unpackbits(words.view(np.uint8) if sys.byteorder == "little" else words.byteswap().view(np.uint8), count=numel)
+    drawn = words(-(-numel // 64), "probes", seed, update, name)
+    bits = np.unpackbits(drawn.view(np.uint8) if sys.byteorder == "little" else drawn.byteswap().view(np.uint8), count=numel)
     return torch.from_numpy(bits).to(torch.float32).mul_(2).sub_(1).view(shape)

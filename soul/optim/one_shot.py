@@ -44,7 +44,7 @@ class OneShot(SophiaG):
                 p.grad = torch.zeros_like(p)
         return super().step(closure)
 
-    def _fold_hessian_(self, group: Group, bucket: Bucket, *, scale: float, decay: bool) -> None:
+    def _fold_hessian_(self, group: Group, bucket: Bucket, *, scale: float) -> None:
         _, grads, _, hessians = bucket
         torch._foreach_addcmul_(hessians, grads, grads, value=scale)
 

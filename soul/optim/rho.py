@@ -1,7 +1,8 @@
 """rho="auto": hold the fraction of unclipped coordinates in a band.
 
 A coordinate is unclipped when |m| / h < rho, h bias-corrected: the rho that leaves a fraction f unclipped is the f-quantile of
-|m| / h. Ranks add up histograms of that ratio, so every rank and every world size arrives at the same rho.
+|m| / h. Ranks add up histograms of that ratio, so every rank and every world size arrives at the same rho. Coordinates without
+curvature (h = 0, or negative by Hutchinson's estimate) are left out: they take sign steps whatever rho is.
 """
 
 from __future__ import annotations
@@ -13,41 +14,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soul.optim.sophia import SophiaG, hessian_correction
-from soul.optim.stats import NUM_BINS, fraction_below, log_histogram, quantile
+from soul.optim.sophia import SophiaG, hessian_correction, ratio_counts
+from soul.optim.stats import NUM_BINS, fraction_below, quantile
 from soul.records import InputError
 
 
 @torch.no_grad()
 def log_ratio_histogram(optimizer: SophiaG) -> Tensor:
-    """Local counts of |m| / h over the coordinates that move (m != 0); the ranks' sum goes into `RhoController.update`."""
+    """Local counts of |m| / h over the coordinates that move and have curvature; the ranks' sum goes into `RhoController.update`."""
     factor = hessian_correction(optimizer.param_groups[0])
     total = torch.zeros(NUM_BINS, dtype=torch.int64)
     for exp_avgs, hessians in optimizer.state_buckets():
-        for m, h in zip(exp_avgs, hessians, strict=True):
-            counts = log_histogram(torch.nan_to_num_(m.abs().div_(h * factor), nan=0.0, posinf=math.inf))
-            total = total.to(counts.device) + counts
-    total[0] = 0  # m = 0, with curvature or (the nan) without
+        counts = ratio_counts(exp_avgs, hessians, factor=factor)
+        total = total.to(counts.device) + counts
     return total
 
 
 def unclipped_fraction(histogram: Tensor, rho: float) -> float:
-    """Which fraction of the coordinates that move this rho leaves unclipped; nan where none moves."""
+    """Which fraction of the counted coordinates this rho leaves unclipped; nan where there are none."""
     return fraction_below(histogram, rho)
 
 
 def rho_for(histogram: Tensor, target: float) -> float:
-    """The rho that leaves a fraction `target` unclipped: inf where too many coordinates have h = 0, nan where none moves."""
+    """The rho that leaves a fraction `target` unclipped: inf where too many ratios are beyond counting, nan where there are none."""
     return quantile(histogram, target)
 
 
 @dataclass(slots=True)
 class RhoController:
-    """Feed it the global histogram at every logging step and hand the returned rho to the optimizer.
+    """Feed it the global histogram whenever curvature was measured and hand the returned rho to the optimizer.
 
     The first measurement sets rho to the solution. Later ones leave it alone within `band` of the target; outside, they go
-    `smoothing` of the way to the solution in log space. A measurement without a solution (nothing moves, or too many
-    coordinates have no curvature yet) changes nothing.
+    `smoothing` of the way to the solution in log space. A measurement without a solution (nothing with curvature moves) changes nothing.
     """
 
     target: float = 0.3

@@ -10,6 +10,8 @@ leave the pure sign descent it would otherwise spend most of its life in. Sophia
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -17,23 +19,24 @@ from torch import Tensor
 
 from soul.optim.base import Bucket, Group, ShardOptimizer
 from soul.optim.rules import check_hyperparameters, clipped_ratio, descend_, fold_momentum_, fold_square_
-from soul.optim.stats import CurvatureStats
+from soul.optim.stats import NUM_BINS, CurvatureStats, log_histogram
 from soul.records import InputError
+
+Mode = Literal["step", "hessian", "ratios"]  # move parameters; fold curvature; look at the ratios that a step would clip
 
 
 class SophiaG(ShardOptimizer):
     """Never calls a model and never counts: the caller owns the curvature interval and `set_hessian_updates`.
 
-    ZeRO calls the optimizer once per group or sub-group, so a counter in here would run fast. ZeRO also knows only `step()`:
-    `mode = "hessian"` makes that call fold curvature, with `hessian_scale` and `hessian_decay`, instead of moving parameters.
+    ZeRO calls the optimizer once per group or sub-group, so a counter in here would run fast. ZeRO also knows only `step()`: what else
+    is to be done with reduced gradients than moving parameters is a `mode` of it.
 
     State keys are `exp_avg` (m) and `exp_avg_sq` (h): DeepSpeed's universal checkpoints hard-code Adam's two names.
     """
 
     state_keys = ("exp_avg", "exp_avg_sq")
-    mode: Literal["step", "hessian"] = "step"
-    hessian_scale: float = 1.0
-    hessian_decay: bool = True
+    mode: Mode = "step"
+    _ratios: Tensor | None = None
 
     def __init__(
         self,
@@ -70,25 +73,55 @@ class SophiaG(ShardOptimizer):
             group["rho"] = rho
 
     @torch.no_grad()
-    def update_hessian(self, *, scale: float = 1.0, decay: bool = True) -> None:
-        """Fold the gradients into h and leave them as they are.
+    def update_hessian(self, *, scale: float = 1.0) -> None:
+        """Fold the gradients of a whole step into h and leave them as they are.
 
-        `scale`: number of tokens behind a mean sampled-label loss, 1 for a sqrt-weighted one. Fold per micro-batch and pass
-        `decay=False` from the second on: cross terms have zero mean, so h stays unbiased at the same scale with less noise.
+        `scale`: number of tokens behind a mean sampled-label loss, 1 for a sqrt-weighted one.
         """
-        self._for_each_bucket(lambda group, bucket: self._fold_hessian_(group, bucket, scale=scale, decay=decay))
+        self._for_each_bucket(lambda group, bucket: self._fold_hessian_(group, bucket, scale=scale))
+
+    @torch.no_grad()
+    def reset_hessian(self) -> None:
+        """As if no curvature had been measured; the caller sets the number of updates."""
+        for _, hessians in self.state_buckets():
+            torch._foreach_zero_(hessians)
+
+    @contextmanager
+    def doing(self, mode: Mode) -> Iterator[None]:
+        """`step()` does this inside."""
+        self.mode = mode
+        try:
+            yield
+        finally:
+            self.mode = "step"
+
+    def take_ratios(self) -> Tensor:
+        """A histogram, of this rank, of |m| / h as it would be behind the steps of mode "ratios", which are forgotten."""
+        ratios, self._ratios = self._ratios, None
+        return torch.zeros(NUM_BINS, dtype=torch.int64) if ratios is None else ratios
 
     def _update_(self, group: Group, bucket: Bucket) -> None:
-        if self.mode == "hessian":
-            self._fold_hessian_(group, bucket, scale=self.hessian_scale, decay=self.hessian_decay)
-        else:
-            self._move_(group, bucket)
+        match self.mode:
+            case "hessian":
+                self._fold_hessian_(group, bucket, scale=1.0)
+            case "ratios":
+                self._look_(group, bucket)
+            case _:
+                self._move_(group, bucket)
 
-    def _fold_hessian_(self, group: Group, bucket: Bucket, *, scale: float, decay: bool) -> None:
+    def _fold_hessian_(self, group: Group, bucket: Bucket, *, scale: float) -> None:
         """Fold a bucket's gradients into its h."""
         _, grads, _, hessians = bucket
         beta2 = group["betas"][1]
-        fold_square_(hessians, grads, decay=beta2 if decay else 1.0, weight=(1 - beta2) * scale)
+        fold_square_(hessians, grads, decay=beta2, weight=(1 - beta2) * scale)
+
+    def _look_(self, group: Group, bucket: Bucket) -> None:
+        """Count a bucket's ratios with the momentum that its gradients make; nothing else changes."""
+        _, grads, exp_avgs, hessians = bucket
+        momenta = [m.clone() for m in exp_avgs]
+        fold_momentum_(momenta, grads, beta=group["betas"][0])
+        counts = ratio_counts(momenta, hessians, factor=hessian_correction(group))
+        self._ratios = counts if self._ratios is None else self._ratios.to(counts.device) + counts
 
     def _move_(self, group: Group, bucket: Bucket) -> None:
         """Move a bucket's parameters."""
@@ -107,6 +140,17 @@ class SophiaG(ShardOptimizer):
         return CurvatureStats.of((h * factor for _, hessians in self.state_buckets() for h in hessians), quantiles=quantiles)
 
 
+def ratio_counts(exp_avgs: Sequence[Tensor], hessians: Sequence[Tensor], *, factor: float) -> Tensor:
+    """A histogram of |m| / h, h bias-corrected by `factor`, over the coordinates that move (m != 0) and have curvature (h > 0)."""
+    total = torch.zeros(NUM_BINS, dtype=torch.int64)
+    for m, h in zip(exp_avgs, hessians, strict=True):
+        curved = (h * factor).clamp_min_(0)
+        counts = log_histogram(torch.where((m != 0) & (curved > 0), m.abs() / curved, 0.0))
+        total = total.to(counts.device) + counts
+    total[0] = 0
+    return total
+
+
 def hessian_correction(group: Group) -> float:
     """What makes the stored h unbiased. 0 before its first update, when there is no curvature to divide by."""
     if not group["bias_correction"]:
@@ -121,8 +165,8 @@ class SophiaH(SophiaG):
     h may be negative, which no threshold of the step lets through: max(rho h, eps) makes such a coordinate's step a sign step.
     """
 
-    def _fold_hessian_(self, group: Group, bucket: Bucket, *, scale: float, decay: bool) -> None:
+    def _fold_hessian_(self, group: Group, bucket: Bucket, *, scale: float) -> None:
         _, samples, _, hessians = bucket
         beta2 = group["betas"][1]
-        torch._foreach_mul_(hessians, beta2 if decay else 1.0)
+        torch._foreach_mul_(hessians, beta2)
         torch._foreach_add_(hessians, samples, alpha=(1 - beta2) * scale)

@@ -41,7 +41,7 @@ from soul.store import is_uri, local, path_of, publish, pull_file, push, ray_sto
 from soul.train.engine import Engine, EngineConfig, num_threads
 from soul.train.engines import make_engine
 from soul.train.job import JobResult, TrainJob, run_job
-from soul.train.loop import NonFiniteGradient, NonFiniteLoss, Progress
+from soul.train.loop import NonFinite, Progress
 from soul.train.reference import NonFiniteReference
 
 # Ray chooses the V2 classes at import; what type checkers see under these names is V1's.
@@ -100,7 +100,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
                 must_save=notice,
             )
         return dataclasses.asdict(result)
-    except (NonFiniteLoss, NonFiniteGradient, NonFiniteReference, NoRoom, SmallCard) as error:  # on every rank
+    except (NonFinite, NonFiniteReference, NoRoom, SmallCard) as error:  # on every rank
         if engine.rank == 0 and metrics.exists():
             push(metrics)
         kind = "bad input" if isinstance(error, SmallCard) else "broken" if isinstance(error, NoRoom) else "error"

@@ -45,7 +45,7 @@ from soul.store import attach, discard, holds, is_uri, place_of, publish, pull, 
 from soul.train.engine import Engine
 from soul.train.engines import make_engine
 from soul.train.job import JobResult, TrainJob, run_job
-from soul.train.loop import NonFiniteGradient, NonFiniteLoss, Progress
+from soul.train.loop import NonFinite, Progress
 from soul.train.reference import NonFiniteReference
 
 OnEpoch = Callable[[Mapping[str, Any]], None]
@@ -72,7 +72,7 @@ def run_trial(params: dict[str, Any], common: dict[str, Any]) -> None:
             work(asked, config, sources, command=common["command"], isolated=told["isolated"], report=report)
         except (NoDevice, TrainingBroken):  # another node, or the next attempt, may do better
             raise
-        except (InputError, TrainingStopped, NonFiniteLoss, NonFiniteGradient, NonFiniteReference) as error:
+        except (InputError, TrainingStopped, NonFinite, NonFiniteReference) as error:
             _give_up(run, FAILED, str(error), asked)
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from soul.optim.sophia import SophiaG
+from soul.optim.sophia import Mode, SophiaG
 from soul.records import InputError
 from soul.train.engine import BuildModel, BuildOptimizer, EngineConfig, FullEntry, StepInfo, unwrap
 from soul.train.export import export_weights
@@ -87,16 +87,22 @@ class DeepSpeedEngine:
         self._engine.step()
         return StepInfo(grad_norm=float(self._engine.get_global_grad_norm()))
 
-    def hessian_step(self, *, decay: bool, scale: float = 1.0) -> None:
-        zero, optimizer = self._zero, self.optimizer
-        assert isinstance(optimizer, SophiaG)
+    def hessian_step(self) -> None:
+        zero = self._zero
         clip, zero.clip_grad = zero.clip_grad, 0.0
-        optimizer.mode, optimizer.hessian_scale, optimizer.hessian_decay = "hessian", scale, decay
         try:
-            zero.step()  # not the engine's step, which counts
-            zero.zero_grad()
+            self._run_as("hessian")
         finally:
-            zero.clip_grad, optimizer.mode = clip, "step"
+            zero.clip_grad = clip
+
+    def look_at_ratios(self) -> None:
+        self._run_as("ratios")
+
+    def _run_as(self, mode: Mode) -> None:
+        assert isinstance(self.optimizer, SophiaG)
+        with self.optimizer.doing(mode):
+            self._zero.step()  # not the engine's step, which counts
+            self._zero.zero_grad()
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         return sum_over_ranks(tensor, self.device)

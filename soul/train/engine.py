@@ -194,8 +194,11 @@ class Engine(Protocol):
     def step(self) -> StepInfo:
         """Clip, update, zero the gradients."""
 
-    def hessian_step(self, *, decay: bool, scale: float = 1.0) -> None:
+    def hessian_step(self) -> None:
         """Fold the accumulated gradients' squares into the curvature: no clipping, no update; zero the gradients."""
+
+    def look_at_ratios(self) -> None:
+        """Clip, count what a step with these gradients would divide by what (SophiaG.take_ratios), zero the gradients; nothing moves."""
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks."""

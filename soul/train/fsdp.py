@@ -23,7 +23,7 @@ from soul.train.export import export_model
 from soul.train.ranks import join_group, sum_over_ranks
 from soul.train.sharding import fill, reshard, share_model
 from soul.train.state import full_entries, load_state, save_state
-from soul.train.update import clip_and_step, enable_checkpointing, fold_curvature, kept_dtype, optimized_shards
+from soul.train.update import clip_and_step, clip_gradients, enable_checkpointing, kept_dtype, optimized_shards, run_as
 
 # No output_dtype: a block that returns fp32 to its bf16 neighbour fails, and the losses widen the root's logits themselves.
 POLICIES: dict[Precision, MixedPrecisionPolicy] = {
@@ -68,8 +68,12 @@ class FSDPEngine:
     def step(self) -> StepInfo:
         return clip_and_step(self.model, self.optimizer, max_norm=self.config.max_grad_norm)
 
-    def hessian_step(self, *, decay: bool, scale: float = 1.0) -> None:
-        fold_curvature(self.optimizer, decay=decay, scale=scale)
+    def hessian_step(self) -> None:
+        run_as(self.optimizer, "hessian")
+
+    def look_at_ratios(self) -> None:
+        clip_gradients(self.model, max_norm=self.config.max_grad_norm)
+        run_as(self.optimizer, "ratios")
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         return sum_over_ranks(tensor, self.device)

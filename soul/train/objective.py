@@ -15,6 +15,8 @@ from soul.objectives.terms import Term, Unit
 from soul.optim.curvature import label_uniforms, sample_labels
 from soul.train.engine import Engine
 
+Part = tuple[Term, float]  # a term, and by what its sum is multiplied in the objective
+
 
 def count(batch: Batch, split: str, unit: Unit) -> int:
     """Supervised tokens, or rows that have any, of one split."""
@@ -67,39 +69,53 @@ def supervised_rows(batch: Batch, splits: Sequence[str]) -> list[int]:
     return [b for b, split in enumerate(batch.split_B.tolist()) if split in wanted and has_labels_B[b]]
 
 
-def sampled_loss(engine: Engine, batch: Batch, token_weights: dict[str, float], *, seed: int, update: int) -> Tensor:
-    """Sum over supervised tokens of sqrt(w) * CE(logits, label drawn from the model's own softmax).
+def splits_of(parts: Sequence[Part]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(term.split for term, _ in parts))
+
+
+def sampled_loss(engine: Engine, batch: Batch, parts: Sequence[Part], occurrence_B: Tensor, *, seed: int, update: int) -> Tensor:
+    """Sum over supervised tokens of sqrt(w) * CE(logits, label drawn from the model's own softmax), w as in `token_weights`.
 
     Its squared gradient is an unbiased diagonal of the Gauss-Newton matrix of sum_b w_b * CE_b (Bartlett's identity; Sophia-G,
-    arXiv 2305.14342), so weights w = 1/T give the curvature of the mean loss with no further scale. `token_weights` maps a split to w.
+    arXiv 2305.14342), so weights w = 1/T give the curvature of the mean loss with no further scale. `occurrence_B` as in
+    `label_uniforms`.
     """
-    batch = select(batch, list(token_weights))
     with engine.autocast():
         logits_NV = answer_logits(engine.model, batch)
     lengths_B = (batch.labels_BT != IGNORE_INDEX).sum(1)
-    uniforms_N = label_uniforms(batch.index_B, lengths_B, seed=seed, update=update, split_B=batch.split_B)
+    uniforms_N = label_uniforms(
+        batch.index_B, lengths_B, seed=seed, update=update, split_B=batch.split_B, occurrence_B=occurrence_B.to(batch.index_B.device)
+    )
     losses_N = -token_logps(logits_NV, sample_labels(logits_NV.detach(), uniforms_N))
-    return (_token_weights(batch, token_weights, losses_N).sqrt() * losses_N).sum()
+    return (token_weights(batch, logits_NV, parts).sqrt() * losses_N).sum()
 
 
-def root_weighted_nll(engine: Engine, batch: Batch, token_weights: dict[str, float]) -> Tensor:
+def root_weighted_nll(engine: Engine, batch: Batch, parts: Sequence[Part]) -> Tensor:
     """As `sampled_loss`, with the rows' own labels."""
     with engine.autocast():
         logits_NV = answer_logits(engine.model, batch)
     losses_N = -token_logps(logits_NV, batch.targets_N)
-    return (_token_weights(batch, token_weights, losses_N).sqrt() * losses_N).sum()
+    return (token_weights(batch, logits_NV, parts).sqrt() * losses_N).sum()
 
 
-def weighted_nll(engine: Engine, model: nn.Module, batch: Batch, token_weights: dict[str, float]) -> Tensor:
+def weighted_nll(engine: Engine, model: nn.Module, batch: Batch, parts: Sequence[Part]) -> Tensor:
     """Sum over supervised tokens of w * CE(logits, label), of `model`, which may be differentiated twice."""
-    batch = select(batch, list(token_weights))
+    batch = select(batch, splits_of(parts))
     with engine.autocast():
         logits_NV = answer_logits(model, batch)
     losses_N = F.cross_entropy(logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)), batch.targets_N, reduction="none")
-    return (_token_weights(batch, token_weights, losses_N) * losses_N).sum()
+    return (token_weights(batch, logits_NV, parts) * losses_N).sum()
 
 
-def _token_weights(batch: Batch, token_weights: dict[str, float], losses_N: Tensor) -> Tensor:
-    """The weight of each supervised token, which is its split's."""
-    weights_S = torch.tensor([token_weights.get(split, 0.0) for split in SPLITS], dtype=losses_N.dtype, device=losses_N.device)
-    return weights_S[batch.split_B][batch.row_N]
+def token_weights(batch: Batch, logits_NV: Tensor, parts: Sequence[Part]) -> Tensor:
+    """How much each token's log-probability moves the objective, as a size, shape (N,): |d sum(factor * term) / d logp|, held fixed.
+
+    That is the weight of the token's cross-entropy in the Gauss-Newton matrix of the objective: for a likelihood its factor, and for
+    NPO's (2/beta) softplus(beta r) of a row's log-ratio r 2 sigmoid(beta r) of it, that paper's adaptive weight (arXiv 2404.05868).
+    """
+    logps_N = token_logps(logits_NV.detach(), batch.targets_N).requires_grad_()
+    scores = AnswerLogps(logps_N, batch.row_N, len(batch.split_B))
+    with torch.enable_grad():
+        objective = torch.stack([factor * term.loss(*_rows(scores, batch, term.split)) for term, factor in parts]).sum()
+    (slope_N,) = torch.autograd.grad(objective, logps_N)
+    return slope_N.abs()

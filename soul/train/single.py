@@ -18,11 +18,12 @@ from soul.train.export import export_model
 from soul.train.state import full_entries, load_state, save_state
 from soul.train.update import (
     clip_and_step,
+    clip_gradients,
     enable_checkpointing,
-    fold_curvature,
     forward_context,
     kept_dtype,
     optimized_shards,
+    run_as,
     store_weights,
 )
 
@@ -60,8 +61,12 @@ class SingleEngine:
     def step(self) -> StepInfo:
         return clip_and_step(self.model, self.optimizer, max_norm=self.config.max_grad_norm)
 
-    def hessian_step(self, *, decay: bool, scale: float = 1.0) -> None:
-        fold_curvature(self.optimizer, decay=decay, scale=scale)
+    def hessian_step(self) -> None:
+        run_as(self.optimizer, "hessian")
+
+    def look_at_ratios(self) -> None:
+        clip_gradients(self.model, max_norm=self.config.max_grad_norm)
+        run_as(self.optimizer, "ratios")
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         return tensor

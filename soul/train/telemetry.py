@@ -1,35 +1,26 @@
-"""What the optimizer did, measured every few steps: unclipped fraction, update norm, curvature, and the rho they lead to."""
+"""What the optimizer did, measured every few steps: unclipped fraction, update norm, curvature."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from soul.optim.base import CHUNK_NUMEL, ShardOptimizer, local_shard
-from soul.optim.configs import OptimizerConfig, SophiaConfig, SophiaHConfig
 from soul.optim.one_shot import OneShot
-from soul.optim.rho import RhoController, log_ratio_histogram
 from soul.optim.sophia import SophiaG, SophiaH
 from soul.optim.stats import OptimizerStats
 from soul.train.engine import Engine
 
 
 class Telemetry:
-    """Measures on steps 0, 1, 2, 4, 8, ... and on every `every`-th; holds the rho controller of `rho="auto"`."""
+    """Measures on steps 0, 1, 2, 4, 8, ... and on every `every`-th. Only looks: the weights do not depend on it."""
 
-    def __init__(self, engine: Engine, optimizer: OptimizerConfig, rho_state: dict[str, Any], *, every: int) -> None:
+    def __init__(self, engine: Engine, *, every: int) -> None:
         self.engine, self.every = engine, every
-        self.controller: RhoController | None = None
         self._row: dict[str, float | None] = {}
-        if isinstance(optimizer, SophiaConfig | SophiaHConfig) and optimizer.rho == "auto":
-            self.controller = RhoController(target=optimizer.target_unclipped)
-            if rho_state:
-                self.controller.load_state_dict(rho_state)
-            self._set_rho(self.controller.rho)
 
     def due(self, step: int) -> bool:
         return step % self.every == 0 or (step < self.every and step & (step - 1) == 0)
@@ -39,15 +30,9 @@ class Telemetry:
         if isinstance(optimizer, ShardOptimizer):
             optimizer.collect_stats = self.due(step) or (isinstance(optimizer, OneShot) and optimizer.is_last)
 
-    def after_step(self, step: int) -> dict[str, Any]:
-        """Measure if due, adjust rho; returns the controller's state for the checkpoint."""
+    def after_step(self, step: int) -> None:
         optimizer = self.engine.optimizer
         self._row = self._measure() if self.due(step) or (isinstance(optimizer, OneShot) and optimizer.is_last) else {}
-        if self.controller is not None and self.due(step):
-            assert isinstance(optimizer, SophiaG)
-            histogram = log_ratio_histogram(optimizer).to(self.engine.device)
-            self._set_rho(self.controller.update(self._over_shards(histogram)))
-        return {} if self.controller is None else dict(self.controller.state_dict())
 
     def row(self) -> dict[str, float | None]:
         """The last step's measurements, empty where none were due."""
@@ -75,10 +60,6 @@ class Telemetry:
 
     def _over_shards(self, tensor: Tensor) -> Tensor:
         return self.engine.all_reduce_sum(tensor) if self.engine.sharded else tensor
-
-    def _set_rho(self, rho: float) -> None:
-        for group in self.engine.optimizer.param_groups:
-            group["rho"] = rho
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from soul.optim.base import local_shard
+from soul.optim.sophia import Mode, SophiaG
 from soul.train.engine import EngineConfig, Precision, StepInfo
 
 
@@ -42,17 +43,23 @@ def enable_checkpointing(model: nn.Module, config: EngineConfig) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
 
-def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer, *, max_norm: float | None) -> StepInfo:
-    """Clip the global gradient norm, update the weights, drop the gradients. Collective where parameters are sharded."""
+def clip_gradients(model: nn.Module, *, max_norm: float | None) -> float:
+    """Clip the global gradient norm; returns what it was. Collective where parameters are sharded."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf") if max_norm is None else max_norm)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer, *, max_norm: float | None) -> StepInfo:
+    """Clip, update the weights, drop the gradients."""
+    norm = clip_gradients(model, max_norm=max_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepInfo(grad_norm=float(norm))
+    return StepInfo(grad_norm=norm)
 
 
-def fold_curvature(optimizer: torch.optim.Optimizer, *, decay: bool, scale: float) -> None:
-    """Fold the gradients' squares into h, unclipped, and drop the gradients."""
-    optimizer.update_hessian(scale=scale, decay=decay)  # type: ignore[attr-defined]
+def run_as(optimizer: torch.optim.Optimizer, mode: Mode) -> None:
+    """What Sophia does with gradients in this mode; drop them."""
+    assert isinstance(optimizer, SophiaG)
+    with optimizer.doing(mode):
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -119,20 +119,14 @@ def test_uniforms_depend_on_the_example_and_on_nothing_else() -> None:
         assert not torch.isin(label_uniforms(index_B, lengths_B, split_B=split_B, **other), torch.cat(whole)).any()
 
 
-def philox_4x64_10(counter: list[int], key: list[int]) -> list[int]:
-    """One block, from the generator's definition (Salmon et al. 2011)."""
-    x, k, mask = list(counter), list(key), 2**64 - 1
-    for _ in range(10):
-        a, b = 0xD2E7470EE14C6C93 * x[0], 0xCA5A826395121157 * x[2]
-        x = [(b >> 64) ^ x[1] ^ k[0], b & mask, (a >> 64) ^ x[3] ^ k[1], a & mask]
-        k = [(k[0] + 0x9E3779B97F4A7C15) & mask, (k[1] + 0xBB67AE8584CAA73B) & mask]
-    return x
-
-
-def test_uniforms_are_the_philox_stream_and_stay_so_in_every_numpy() -> None:
-    got = label_uniforms(torch.tensor([17]), torch.tensor([8]), seed=5, update=3, split_B=torch.tensor([1]))
-    words = [word for block in (1, 2) for word in philox_4x64_10([block, 0, 1, 17], [5, 3])]
-    assert got.tolist() == [(word >> 11) * 2.0**-53 for word in words]
+def test_each_copy_of_a_row_has_labels_of_its_own() -> None:
+    """Whether the copies meet in one batch or are told which they are."""
+    index_B, lengths_B = torch.tensor([7, 3, 7, 7]), torch.tensor([6, 6, 6, 6])
+    together = label_uniforms(index_B, lengths_B, seed=3, update=2).split(6)
+    assert len({tuple(numbers.tolist()) for numbers in together}) == 4
+    for b, occurrence in enumerate([0, 0, 1, 2]):
+        named = {"occurrence_B": torch.tensor([occurrence])}
+        assert torch.equal(label_uniforms(index_B[b : b + 1], lengths_B[b : b + 1], seed=3, update=2, **named), together[b])
 
 
 def test_a_longer_row_starts_with_the_same_numbers() -> None:

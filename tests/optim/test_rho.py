@@ -42,8 +42,34 @@ def test_histograms_of_shards_add_up_to_the_histogram_of_the_whole() -> None:
     whole = log_ratio_histogram(sophia(m, h))
     parts = [log_ratio_histogram(sophia(m[cut], h[cut])) for cut in (slice(0, 100), slice(100, 101), slice(101, None))]
     assert torch.equal(whole, torch.stack(parts).sum(0))
-    assert whole.sum() == (m != 0).sum(), "coordinates that do not move are not counted"
-    assert whole[-1] == ((m != 0) & (h == 0)).sum(), "those without curvature are clipped whatever rho is"
+    assert whole.sum() == ((m != 0) & (h != 0)).sum(), "neither what does not move nor what has no curvature is counted"
+
+
+def test_coordinates_without_curvature_have_no_say() -> None:
+    """They take sign steps whatever rho is: half of an adapter's, before the other half has moved."""
+    generator = torch.Generator().manual_seed(5)
+    m, h = torch.randn(999, generator=generator), torch.rand(999, generator=generator)
+    both = sophia(torch.cat([m, torch.ones(2000)]), torch.cat([h, torch.zeros(1000), -torch.ones(1000)]))
+    assert torch.equal(log_ratio_histogram(both), log_ratio_histogram(sophia(m, h)))
+
+
+def test_the_ratios_of_a_step_are_known_before_it_is_made() -> None:
+    generator = torch.Generator().manual_seed(6)
+    p = nn.Parameter(torch.zeros(5000))
+    optimizer = SophiaG([p], lr=1e-3)
+    for step in range(3):
+        p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.update_hessian()
+        optimizer.set_hessian_updates(step + 1)
+        p.grad = torch.randn(p.shape, generator=generator)
+        before = [tensor.clone() for tensor in (p, *optimizer.state[p].values())]
+        with optimizer.doing("ratios"):
+            optimizer.step()
+        assert all(torch.equal(a, b) for a, b in zip(before, (p, *optimizer.state[p].values()), strict=True))
+        foreseen = optimizer.take_ratios()
+        optimizer.step()
+        assert torch.equal(foreseen, log_ratio_histogram(optimizer))
+    assert not optimizer.take_ratios().any()
 
 
 def test_the_histogram_agrees_with_the_step_statistics() -> None:

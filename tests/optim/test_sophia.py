@@ -34,10 +34,10 @@ class PlainSophia:
         self.m = [torch.zeros_like(p.detach()) for p in params]
         self.h = [torch.zeros_like(p.detach()) for p in params]
 
-    def update_hessian(self, scale: float, decay: bool) -> None:
+    def update_hessian(self, scale: float) -> None:
         for p, h in zip(self.params, self.h, strict=True):
             assert p.grad is not None
-            h.copy_((self.b2 if decay else 1.0) * h).addcmul_(p.grad, p.grad, value=(1 - self.b2) * scale)
+            h.copy_(self.b2 * h).addcmul_(p.grad, p.grad, value=(1 - self.b2) * scale)
 
     def step(self, num_updates: int) -> None:
         rho = self.rho * (1 / (1 - self.b2**num_updates)) if num_updates else 0.0
@@ -60,11 +60,10 @@ def test_bit_equal_to_a_plain_loop(monkeypatch: pytest.MonkeyPatch, foreach: boo
     for step in range(12):
         if step % 3 == 1:
             num_updates += 1
-            for micro in range(2):
-                set_grads([*params], seed=100 + 10 * step + micro)
-                set_grads([*plain_params], seed=100 + 10 * step + micro)
-                optimizer.update_hessian(scale=7.0, decay=micro == 0)
-                plain.update_hessian(7.0, micro == 0)
+            set_grads([*params], seed=100 + step)
+            set_grads([*plain_params], seed=100 + step)
+            optimizer.update_hessian(scale=7.0)
+            plain.update_hessian(7.0)
             optimizer.set_hessian_updates(num_updates)
         set_grads(params, seed=step)
         set_grads(plain_params, seed=step)
@@ -144,13 +143,11 @@ def test_gradients_survive_a_curvature_update_and_parameters_do_not_move() -> No
 def test_hessian_mode_routes_step_to_the_curvature_update() -> None:
     routed, direct = make_params(), make_params()
     first, second = SophiaG(routed, lr=0.1, weight_decay=0.1), SophiaG(direct, lr=0.1, weight_decay=0.1)
-    for micro in range(2):
-        set_grads(routed, seed=micro)
-        set_grads(direct, seed=micro)
-        first.mode, first.hessian_scale, first.hessian_decay = "hessian", 5.0, micro == 0
+    for params in (routed, direct):
+        set_grads(params, seed=0)
+    with first.doing("hessian"):
         first.step()
-        second.update_hessian(scale=5.0, decay=micro == 0)
-    first.mode = "step"
+    second.update_hessian()
     for optimizer in (first, second):
         optimizer.set_hessian_updates(1)
         optimizer.step()

@@ -35,10 +35,12 @@ SMOOTH = {
     "smooth adamw": AdamWConfig(learning_rate=1e-3, eps=1e-3),
     "smooth sophia": SophiaConfig(learning_rate=1e-3, rho=3.0, eps=1e-3, hessian_every=2, hessian_data="both"),
 }
+STEERED = {"steered sophia": SophiaConfig(learning_rate=1e-3, hessian_every=2, hessian_data="both")}
 SIGNS = {"signum": SignumConfig(learning_rate=1e-3), "soul_release": SoulReleaseConfig(learning_rate=1e-3)}
-CONFIGS: dict[str, OptimizerConfig] = {**OPTIMIZERS, **SMOOTH, **SIGNS}
+CONFIGS: dict[str, OptimizerConfig] = {**OPTIMIZERS, **SMOOTH, **STEERED, **SIGNS}
 METHODS: dict[str, Method] = {name: NPO(retain_weight=0.7) if "adamw" in name else GradDiff(retain_weight=0.7) for name in CONFIGS}
 TRAIN = TrainConfig(epochs=2, batch_size=3, seed=3)
+IN_EIGHTS = TrainConfig(epochs=2, batch_size=8, seed=3)
 
 
 def tiny_llama(dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -67,8 +69,8 @@ def tiny_llama(dtype: torch.dtype = torch.float64) -> nn.Module:
     return model.to(dtype)
 
 
-def ragged_stores() -> dict[str, TokenStore]:
-    """Seven forget rows and nine retain rows of 4 to 21 tokens."""
+def ragged_stores(num_forget: int = 7, num_retain: int = 9) -> dict[str, TokenStore]:
+    """Rows of 4 to 21 tokens."""
     rng = np.random.default_rng(11)
 
     def rows(num: int) -> list[TokenRow]:
@@ -79,15 +81,14 @@ def ragged_stores() -> dict[str, TokenStore]:
             for i, (n, p) in enumerate(zip(lengths, prompts, strict=True))
         ]
 
-    return {"forget": TokenStore.of_rows(rows(7)), "retain": TokenStore.of_rows(rows(9))}
+    return {"forget": TokenStore.of_rows(rows(num_forget)), "retain": TokenStore.of_rows(rows(num_retain))}
 
 
-def feed_of(engine: Engine, *, global_micro_batch: int = 2) -> LocalFeed:
-    """`global_micro_batch`: forget rows per micro-batch over all ranks, since the curvature depends on that cut."""
-    stores = ragged_stores()
-    plan = PairedPlan({split: store.lengths_R for split, store in stores.items()}, batch_size=TRAIN.batch_size, seed=TRAIN.seed, window=1)
-    assert plan.steps_per_epoch == STEPS_PER_EPOCH
-    return LocalFeed(plan, stores, engine.rank, engine.world, global_micro_batch // engine.world, 0)
+def feed_of(engine: Engine, *, micro_batch: int | None = None, config: TrainConfig = TRAIN) -> LocalFeed:
+    """`micro_batch`: forget rows of one on each rank. Unless given a single rank takes a step at once, and two take it row by row."""
+    stores = ragged_stores() if config is TRAIN else ragged_stores(11, 13)
+    plan = PairedPlan({split: store.lengths_R for split, store in stores.items()}, batch_size=config.batch_size, seed=TRAIN.seed, window=1)
+    return LocalFeed(plan, stores, engine.rank, engine.world, micro_batch or (TRAIN.batch_size if engine.world == 1 else 1), 0)
 
 
 def new_engine(name: str, optimizer: str, *, rank: int = 0, world: int = 1, dtype: torch.dtype = torch.float64, **settings: Any) -> Engine:
@@ -98,17 +99,19 @@ def new_engine(name: str, optimizer: str, *, rank: int = 0, world: int = 1, dtyp
     return engine
 
 
-def run_steps(engine: Engine, optimizer: str, progress: Progress, stop: int, *, global_micro_batch: int = 2) -> list[dict[str, Any]]:
+def run_steps(
+    engine: Engine, optimizer: str, progress: Progress, stop: int, *, micro_batch: int | None = None, config: TrainConfig = TRAIN
+) -> list[dict[str, Any]]:
     """Train from `progress.step` to `stop`; the rows the loop reports."""
     rows: list[dict[str, Any]] = []
-    feed = feed_of(engine, global_micro_batch=global_micro_batch)
+    feed = feed_of(engine, micro_batch=micro_batch, config=config)
     train(
         engine,
         method=METHODS[optimizer],
         optimizer=CONFIGS[optimizer],
-        config=TRAIN,
+        config=config,
         steps=feed.steps(progress.step, stop),
-        steps_per_epoch=STEPS_PER_EPOCH,
+        steps_per_epoch=feed.plan.steps_per_epoch,
         progress=progress,
         hooks=Hooks(after_step=rows.append),
         divisors=Divisors.of(feed.plan, feed.stores),
@@ -126,13 +129,13 @@ def full_state(engine: Engine) -> dict[str, torch.Tensor]:
     return state
 
 
-def straight_run(engine: Engine, optimizer: str, folder: Path | None = None, *, global_micro_batch: int = 2) -> dict[str, Any]:
+def straight_run(engine: Engine, optimizer: str, folder: Path | None = None, *, micro_batch: int | None = None) -> dict[str, Any]:
     """All steps without a break, leaving a checkpoint of step SAVED_AT in `folder`: losses, gradient norms and final state."""
     progress = Progress()
-    rows = run_steps(engine, optimizer, progress, SAVED_AT, global_micro_batch=global_micro_batch)
+    rows = run_steps(engine, optimizer, progress, SAVED_AT, micro_batch=micro_batch)
     if folder is not None:
         engine.save(folder, progress.to_json())
-    rows += run_steps(engine, optimizer, progress, NUM_STEPS, global_micro_batch=global_micro_batch)
+    rows += run_steps(engine, optimizer, progress, NUM_STEPS, micro_batch=micro_batch)
     return summary(engine, rows)
 
 
@@ -144,8 +147,18 @@ def resumed_run(engine: Engine, optimizer: str, folder: Path) -> dict[str, Any]:
     return summary(engine, run_steps(engine, optimizer, progress, NUM_STEPS))
 
 
+def cut_run(engine: Engine, micro_batch: int) -> dict[str, Any]:
+    """Two epochs of steps of eight rows and of three, with steered rho, in micro-batches of so many forget rows on each rank."""
+    return summary(engine, run_steps(engine, "steered sophia", Progress(), 4, micro_batch=micro_batch, config=IN_EIGHTS))
+
+
 def summary(engine: Engine, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"losses": [row["loss"] for row in rows], "norms": [row["grad_norm"] for row in rows], "state": full_state(engine)}
+    return {
+        "losses": [row["loss"] for row in rows],
+        "norms": [row["grad_norm"] for row in rows],
+        "state": full_state(engine),
+        "first": {name: rows[0].get(name) for name in ("unclipped_fraction", "rho")},
+    }
 
 
 def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], prefix: str = "") -> float:

@@ -54,7 +54,7 @@ def two_ranks(rank: int, world: int, folder: str) -> dict[Any, Any]:
         engine = new_engine("fsdp", name, rank=rank, world=world, dtype=torch.float32)
         results["fsdp", name] = straight_run(engine, name, root / f"fsdp-{name}")
     engine = new_engine("fsdp", "smooth sophia", rank=rank, world=world, dtype=torch.float32, precision="bf16")
-    results["fsdp", "bf16"] = straight_run(engine, "smooth sophia", global_micro_batch=6)
+    results["fsdp", "bf16"] = straight_run(engine, "smooth sophia", micro_batch=3)
     for variant, name in RUNS:
         engine = engine_of(variant, name, rank, world)
         results[variant, name] = straight_run(engine, name, root / f"{variant}-{name}")
@@ -64,12 +64,13 @@ def two_ranks(rank: int, world: int, folder: str) -> dict[Any, Any]:
     for variant, name in SOURCES_OF_FSDP:
         results["resumed", variant, f"fsdp-{name}"] = resumed_run(engine_of(variant, name, rank, world), name, root / f"fsdp-{name}")
     for variant in PLAIN:
+        results["steered", variant] = straight_run(engine_of(variant, "steered sophia", rank, world), "steered sophia")["first"]
         for name in SMOOTH:
             source = f"{variant}-{name}"
             results["resumed", variant, source] = resumed_run(engine_of(variant, name, rank, world), name, root / source)
         engine = engine_of(variant, "smooth sophia", rank, world, precision="bf16", gradient_checkpointing=True)
         results["state at first", variant] = full_state(engine)
-        results["bf16", variant] = straight_run(engine, "smooth sophia", global_micro_batch=6)
+        results["bf16", variant] = straight_run(engine, "smooth sophia", micro_batch=3)
         engine = engine_of(variant, "smooth sophia", rank, world)
         engine.export(root / f"export-{variant}", tokenizer=tokenizer(), dtype=None)
         with torch.no_grad():
@@ -119,6 +120,13 @@ def assert_close(run: dict[str, Any], expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("variant", "name"), RUNS)
 def test_two_ranks_equal_single(variant: str, name: str, pair: dict[Any, Any], oracle: dict[str, Any]) -> None:
     assert_close(pair[variant, name], oracle[name])
+
+
+@pytest.mark.parametrize("variant", PLAIN)
+def test_the_first_step_is_made_with_a_rho_that_was_measured(variant: str, pair: dict[Any, Any]) -> None:
+    single = straight_run(new_engine("single", "steered sophia", dtype=torch.float32), "steered sophia")["first"]
+    assert pair["steered", variant] == pytest.approx(single, rel=1e-3)
+    assert single["unclipped_fraction"] == pytest.approx(0.3, abs=0.01)
 
 
 @pytest.mark.parametrize(("variant", "name"), SIGN_RUNS)

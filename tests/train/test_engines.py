@@ -1,7 +1,7 @@
 """Every engine computes what `single` computes: losses, weights, momentum and curvature, exports and checkpoints, on 1 and 2 ranks.
 
-One spawn runs everything that needs two ranks; the tests read its results. Curvature depends on which rows are squared together, so
-runs compared for h cut a step alike: two forget rows per micro-batch over all ranks.
+One spawn runs everything that needs two ranks; the tests read its results. Unless a test says otherwise `single` takes a step at once
+and two ranks take it row by row, so that what is compared has been cut as differently as can be.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from tests.train.engine_runs import (
     CLIP,
     NUM_STEPS,
     OPTIMIZERS,
+    cut_run,
     full_state,
     largest_difference,
     new_engine,
@@ -90,6 +91,8 @@ def two_ranks(rank: int, world: int, folder: str) -> dict[Any, Any]:
             for source in (f"{name}-{optimizer}-2", f"single-{optimizer}-1"):
                 engine = new_engine(name, optimizer, rank=rank, world=world)
                 results["resumed", source, *key] = resumed_run(engine, optimizer, root / source)
+        for micro_batch in (1, 2, 4):
+            results["cut", name, micro_batch] = cut_run(new_engine(name, "steered sophia", rank=rank, world=world), micro_batch)
         results |= {("float32", name, key): value for key, value in float32_runs(name, rank, world).items()}
         results |= {("pieces", name, key): value for key, value in pieces(name, rank, world, root).items()}
     results["refused"] = refused_on(rank, world)
@@ -100,7 +103,7 @@ def float32_runs(name: str, rank: int, world: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for precision in ("fp32", "bf16"):
         engine = new_engine(name, "sophia", rank=rank, world=world, dtype=torch.float32, precision=precision)
-        results[precision] = straight_run(engine, "sophia", global_micro_batch=6)
+        results[precision] = straight_run(engine, "sophia", micro_batch=3)
         results["state bytes"] = state_bytes(engine)
         results["parameters"] = sum(parameter.numel() for parameter in engine.model.parameters())
     return results
@@ -205,8 +208,34 @@ def test_one_rank_equals_single(name: str, optimizer: str, oracle: dict[str, Any
     assert_same_run(straight_run(new_engine(name, optimizer), optimizer), oracle[optimizer])
 
 
-def test_first_order_runs_do_not_depend_on_the_cut(oracle: dict[str, Any]) -> None:
-    assert_same_run(straight_run(new_engine("single", "adamw"), "adamw", global_micro_batch=6), oracle["adamw"])
+@pytest.fixture(scope="module")
+def uncut() -> dict[str, Any]:
+    """Steps of eight rows at once."""
+    return cut_run(new_engine("single", "steered sophia"), 8)
+
+
+def assert_same_cut(run: dict[str, Any], uncut: dict[str, Any]) -> None:
+    assert run["losses"] == pytest.approx(uncut["losses"], abs=EXACT)
+    for part in ("param/", "exp_avg/", "exp_avg_sq/"):
+        assert largest_difference(run["state"], uncut["state"], part) < EXACT, part
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_curvature_and_weights_do_not_depend_on_the_micro_batch(micro_batch: int, uncut: dict[str, Any]) -> None:
+    assert_same_cut(cut_run(new_engine("single", "steered sophia"), micro_batch), uncut)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+@pytest.mark.parametrize("name", DISTRIBUTED)
+def test_nor_on_the_micro_batch_and_the_number_of_ranks(name: str, micro_batch: int, pair: dict[Any, Any], uncut: dict[str, Any]) -> None:
+    assert_same_cut(pair["cut", name, micro_batch], uncut)
+
+
+@pytest.mark.parametrize("name", DISTRIBUTED)
+def test_the_first_step_is_made_with_a_rho_that_was_measured(name: str, pair: dict[Any, Any], uncut: dict[str, Any]) -> None:
+    for run in (uncut, pair["cut", name, 2]):
+        assert run["first"]["unclipped_fraction"] == pytest.approx(0.3, abs=0.01)
+    assert pair["cut", name, 2]["first"]["rho"] == pytest.approx(uncut["first"]["rho"], rel=1e-9)
 
 
 @pytest.mark.parametrize("name", DISTRIBUTED)
@@ -283,7 +312,7 @@ def test_full_state_is_whole_after_a_forward_without_backward(name: str, pair: d
 
 @pytest.mark.parametrize("name", DISTRIBUTED)
 def test_float32_losses_equal_single(name: str, pair: dict[Any, Any]) -> None:
-    reference = straight_run(new_engine("single", "sophia", dtype=torch.float32), "sophia", global_micro_batch=6)
+    reference = straight_run(new_engine("single", "sophia", dtype=torch.float32), "sophia", micro_batch=3)
     assert pair["float32", name, "fp32"]["losses"] == pytest.approx(reference["losses"], rel=1e-5)
 
 

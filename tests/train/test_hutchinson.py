@@ -59,8 +59,13 @@ def naive_loss(model: nn.Module, method: GradDiff) -> Tensor:
         for row in rows:
             logits = model(input_ids=torch.tensor([list(row.ids)])).logits[0, row.num_prompt - 1 : -1]
             nll = nn.functional.cross_entropy(logits, torch.tensor(list(row.ids[row.num_prompt :])), reduction="sum")
-            total = total + (0.7 if split == "retain" else 1.0) * nll / sum(r.num_supervised for r in rows)
+            total = total + (0.7 if split == "retain" else 1.0) * nll / mean_tokens(split)
     return total
+
+
+def mean_tokens(split: str) -> float:
+    """Answer tokens of a full step's rows, on average over the rows of the split."""
+    return TRAIN.batch_size * sum(row.num_supervised for row in ROWS[split]) / len(ROWS[split])
 
 
 def test_curvature_is_the_probe_times_the_derivative_of_the_gradient_along_it() -> None:
@@ -86,7 +91,7 @@ def test_curvature_is_the_probe_times_the_derivative_of_the_gradient_along_it() 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_the_cut_into_micro_batches_changes_nothing(size: int) -> None:
-    """Unlike squares, which see which rows were summed before them."""
+    """Micro-batches of one and two rows against the step at once."""
     whole = go(new_run(SOPHIA_H, dtype=torch.float64), METHOD, SOPHIA_H, TRAIN.model_copy(update={"micro_batch_size": 3}))
     cut = go(new_run(SOPHIA_H, dtype=torch.float64), METHOD, SOPHIA_H, TRAIN.model_copy(update={"micro_batch_size": size}))
     for name, h in curvature(cut).items():

@@ -175,8 +175,8 @@ class Second(SingleEngine):
         self.rank = 1
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        votes = len(NPO().terms()) * 2 + 1  # counts of each term and its tokens, and one vote
-        return tensor if len(tensor) != votes else tensor + torch.tensor([*[0.0] * (votes - 1), float(self.first_is_late)])
+        votes = len(NPO().terms()) * 2 + 2  # counts of each term and its tokens, and two votes
+        return tensor if len(tensor) != votes else tensor + torch.tensor([*[0.0] * (votes - 2), float(self.first_is_late), 0.0])
 
 
 @pytest.mark.parametrize("late", [True, False])

@@ -223,43 +223,33 @@ def _altered(row: TokenRow) -> TokenRow:
     return replace(row, ids=[3 + (token + 1) % 50 for token in row.ids])
 
 
-def naive_curvature(
-    model: nn.Module, method: Method, weights: dict[str, float], groups: Sequence[Sequence[tuple[str, TokenRow]]]
-) -> list[Tensor]:
-    """Sum over `groups` of the squared gradient of sum_rows sum_tokens sqrt(weight / T) CE(sampled label), T the split's tokens a step."""
-    totals = [torch.zeros_like(parameter) for parameter in model.parameters()]
-    for group in groups:
-        loss = torch.zeros((), dtype=torch.float64)
-        for split, row in group:
-            if split in weights:
-                logits = row_logits(model, row)
-                uniforms = label_uniforms(
-                    torch.tensor([row.index]),
-                    torch.tensor([row.num_supervised]),
-                    seed=TRAIN.seed,
-                    update=0,
-                    split_B=torch.tensor([SPLITS.index(split)]),
-                )
-                labels = sample_labels(logits.detach(), uniforms)
-                logps = logits.log_softmax(-1).gather(-1, labels[:, None])
-                loss = loss - math.sqrt(weights[split] / mean_tokens(split)) * logps.sum()
-        if loss.requires_grad:
-            for total, gradient in zip(totals, torch.autograd.grad(loss, list(model.parameters())), strict=True):
-                total += gradient.square()
-    return totals
+def naive_curvature(model: nn.Module, weights: dict[str, float], rows: Sequence[tuple[str, TokenRow]]) -> list[Tensor]:
+    """The squared gradient of sum_rows sum_tokens sqrt(weight / T) CE(sampled label), T the split's tokens a step."""
+    loss = torch.zeros((), dtype=torch.float64)
+    for split, row in rows:
+        if split in weights:
+            logits = row_logits(model, row)
+            uniforms = label_uniforms(
+                torch.tensor([row.index]),
+                torch.tensor([row.num_supervised]),
+                seed=TRAIN.seed,
+                update=0,
+                split_B=torch.tensor([SPLITS.index(split)]),
+            )
+            labels = sample_labels(logits.detach(), uniforms)
+            logps = logits.log_softmax(-1).gather(-1, labels[:, None])
+            loss = loss - math.sqrt(weights[split] / mean_tokens(split)) * logps.sum()
+    return [gradient.square() for gradient in torch.autograd.grad(loss, list(model.parameters()))]
 
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("data", ["retain", "both"])
-def test_curvature_is_the_squared_gradient_of_sampled_labels_per_micro_batch(data: Any, cut: int) -> None:
+def test_curvature_is_the_squared_gradient_of_the_sampled_labels_of_the_whole_step(data: Any, cut: int) -> None:
     method, config = GradDiff(retain_weight=0.7), TRAIN.model_copy(update={"micro_batch_size": cut})
     optimizer = SOPHIA.model_copy(update={"hessian_data": data})
     run = new_run(optimizer, dtype=torch.float64)
-    plan = feed_of(method, config).plan
-    shares = plan.share(0, rank=0, world=1, micro_batch_size=cut)
-    groups = [[(split, ROWS[split][i]) for split, i in share] for share in shares]
     weights = {"retain": 0.7} if data == "retain" else {"forget": 1.0, "retain": 0.7}
-    expected = naive_curvature(run.engine.model, method, weights, groups)
+    expected = naive_curvature(run.engine.model, weights, rows_at(0, method, config))
     go(run, method, optimizer, config, stop=1)
     for parameter, value in zip(run.engine.model.parameters(), expected, strict=True):
         found = run.engine.optimizer.state[parameter]["exp_avg_sq"]
@@ -309,9 +299,9 @@ def test_curvature_is_updated_before_the_first_step_and_then_at_its_interval() -
 def test_every_update_draws_labels_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[tuple[int, int]] = []
 
-    def spy(*rows: Tensor, seed: int, update: int, split_B: Tensor) -> Tensor:
+    def spy(*rows: Tensor, seed: int, update: int, **names: Tensor) -> Tensor:
         drawn.append((seed, update))
-        return label_uniforms(*rows, seed=seed, update=update, split_B=split_B)
+        return label_uniforms(*rows, seed=seed, update=update, **names)
 
     monkeypatch.setattr(soul.train.objective, "label_uniforms", spy)
     trained(GradDiff(), SOPHIA, TRAIN.model_copy(update={"micro_batch_size": 3}))
@@ -321,9 +311,9 @@ def test_every_update_draws_labels_of_its_own(monkeypatch: pytest.MonkeyPatch) -
 def test_sampled_labels_do_not_depend_on_the_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[dict[tuple[int, int], list[int]]] = []
 
-    def spy_uniforms(index_B: Tensor, lengths_B: Tensor, *, seed: int, update: int, split_B: Tensor) -> Tensor:
+    def spy_uniforms(index_B: Tensor, lengths_B: Tensor, *, seed: int, update: int, split_B: Tensor, occurrence_B: Tensor) -> Tensor:
         owners.extend((s, i) for s, i, n in zip(split_B.tolist(), index_B.tolist(), lengths_B.tolist(), strict=True) for _ in range(n))
-        return label_uniforms(index_B, lengths_B, seed=seed, update=update, split_B=split_B)
+        return label_uniforms(index_B, lengths_B, seed=seed, update=update, split_B=split_B, occurrence_B=occurrence_B)
 
     def spy_labels(logits_NV: Tensor, uniforms_N: Tensor) -> Tensor:
         labels_N = sample_labels(logits_NV, uniforms_N)
