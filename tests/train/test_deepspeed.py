@@ -115,6 +115,14 @@ def assert_close(run: dict[str, Any], expected: dict[str, Any]) -> None:
     for part in PARTS:
         scale = max(float(value.abs().max()) for key, value in expected["state"].items() if key.startswith(part))
         assert largest_difference(run["state"], expected["state"], part) <= 2e-6 * scale, part
+        assert relative_distance(run["state"], expected["state"], part) <= 1e-6, part
+
+
+def relative_distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], prefix: str) -> float:
+    """Length of the difference over that of `other`, over all tensors whose names begin with `prefix`."""
+    names = [name for name in other if name.startswith(prefix)]
+    difference = sum(float((one[name].double() - other[name].double()).square().sum()) for name in names)
+    return (difference / sum(float(other[name].double().square().sum()) for name in names)) ** 0.5
 
 
 @pytest.mark.parametrize(("variant", "name"), RUNS)
