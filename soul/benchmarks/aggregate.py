@@ -1,4 +1,4 @@
-"""From outcomes to a table: a choice selected per cell and seed, summaries over the seeds, and paired differences at equal forgetting."""
+"""From outcomes to a table: a choice selected per cell, summaries over the seeds, and paired differences at equal forgetting."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from functools import cached_property
 from statistics import fmean
 from typing import Literal
 
-from soul.benchmarks.fronts import Point, bootstrap_interval, kept_at, level_to_compare, pareto_front
+from soul.benchmarks.fronts import Point, kept_at, level_to_compare, pareto_front
 from soul.benchmarks.grid import Cell
 from soul.benchmarks.objective import objective
 from soul.benchmarks.outcomes import Outcome, Values
 from soul.benchmarks.paired import Difference, Summary, paired_difference, summary
+from soul.statistics.means import mean_interval
 
 MAIN_METRICS = ("rougeL_recall", "exact_memorization", "probability")
 CHEAP_METRIC = "exact_memorization"
@@ -23,13 +24,13 @@ Edge = Literal["smallest", "largest"]
 
 @dataclass(frozen=True)
 class Row:
-    """A cell. `selected` holds, seed by seed, the choice that won on the validation half; a seed without a finished trial is absent."""
+    """A cell. `selected` holds the choice that won on the validation half, seed by seed; a seed in which it did not finish is absent."""
 
     cell: Cell
     outcomes: tuple[Outcome, ...]
     selected: tuple[Outcome, ...]
     qualifies: bool
-    """Whether every selected choice keeps the floor on the validation half."""
+    """Whether the selected choice keeps the floor on the validation half in every seed."""
 
     def values(self, path: str) -> list[float]:
         return [outcome.values[path] for outcome in self.selected if path in outcome.values]
@@ -38,7 +39,7 @@ class Row:
         return summary(self.values(path))
 
     def interval(self, path: str) -> tuple[float, float] | None:
-        return bootstrap_interval(self.values(path))
+        return mean_interval(self.values(path))
 
     @property
     def failures(self) -> list[Outcome]:
@@ -69,7 +70,7 @@ class Row:
 
     @property
     def edges(self) -> dict[str, Edge]:
-        """The searched settings whose selected value lies at an edge in any seed."""
+        """The searched settings whose selected value lies at an edge."""
         found = ((name, self.edge(outcome, name)) for outcome in self.selected for name in SEARCHED)
         return {name: edge for name, edge in found if edge is not None}
 
@@ -102,6 +103,11 @@ class Table:
     @property
     def halved(self) -> bool:
         return any(row.num_choices > 1 for row in self.rows)
+
+    @property
+    def shared_groups(self) -> list[str]:
+        """The splits whose halves had to share an author in any trial."""
+        return list(dict.fromkeys(split for row in self.rows for outcome in row.outcomes for split in outcome.shared_groups))
 
     @property
     def edges(self) -> list[Row]:
@@ -142,8 +148,7 @@ def tabulate(outcomes: Sequence[Outcome], *, floor: float) -> Table:
 
 
 def _row(cell: Cell, outcomes: Sequence[Outcome], metric: str, floor: float) -> Row:
-    seeds = sorted({outcome.trial.seed for outcome in outcomes})
-    chosen = [best for seed in seeds if (best := select([o for o in outcomes if o.trial.seed == seed], metric=metric, floor=floor))]
+    chosen = sorted(select(outcomes, metric=metric, floor=floor), key=lambda outcome: outcome.trial.seed)
     return Row(cell, tuple(outcomes), tuple(chosen), bool(chosen) and all(kept_share(best, metric) >= floor for best in chosen))
 
 
@@ -153,16 +158,23 @@ def kept_share(outcome: Outcome, metric: str) -> float:
     return outcome.validation.get(path, 0.0) / max(outcome.target_validation.get(path, 0.0), 1e-9)
 
 
-def select(outcomes: Sequence[Outcome], *, metric: str, floor: float) -> Outcome | None:
-    """The best finished choice by its validation rows; of equals the one with the smaller learning rate. None where none has finished."""
-    found = [outcome for outcome in outcomes if outcome.state == "done" and f"forget.{metric}" in outcome.validation]
+def select(outcomes: Sequence[Outcome], *, metric: str, floor: float) -> list[Outcome]:
+    """A cell's runs of one choice, the same for all seeds: the best by the means of their validation rows.
 
-    def rank(outcome: Outcome) -> tuple[float, float]:
-        rate = outcome.trial.choice.optimizer.get("learning_rate", 0.0)
-        goal = objective(outcome.validation[f"forget.{metric}"], kept_share(outcome, metric), floor=floor)
-        return goal, -float(rate)
+    Only among the choices that have finished in the most seeds; of equals the one with the smaller learning rate. Empty where none has
+    finished. A choice of its own for each seed would be luckier than any setting that can be written down.
+    """
+    by_choice: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        if outcome.state == "done" and f"forget.{metric}" in outcome.validation:
+            by_choice.setdefault(outcome.trial.choice.key, []).append(outcome)
 
-    return max(found, key=rank, default=None)
+    def rank(runs: list[Outcome]) -> tuple[int, float, float]:
+        left = fmean(run.validation[f"forget.{metric}"] for run in runs)
+        kept = fmean(kept_share(run, metric) for run in runs)
+        return len(runs), objective(left, kept, floor=floor), -float(runs[0].trial.choice.optimizer.get("learning_rate", 0.0))
+
+    return max(by_choice.values(), key=rank, default=[])
 
 
 def _comparisons(rows: Sequence[Row], metric: str, floor: float) -> list[Comparison]:

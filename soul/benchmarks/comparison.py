@@ -135,6 +135,7 @@ class ComparisonResult:
     max_new_tokens: int
     longest_answer: int
     steps: int
+    shared_groups: tuple[str, ...]
     models: Mapping[str, Mapping[str, Any]]
     bounds: Bounds
     searches: Mapping[tuple[str, str], Search]
@@ -251,6 +252,7 @@ def compare(benchmark: Benchmark, settings: ComparisonSettings, folder: Path, *,
         | {f"{split} (trained on)": len(benchmark.splits[split]) for split in ("forget", "retain")},
         max_new_tokens=bench.max_new_tokens,
         longest_answer=bench.prepared.longest_answer,
+        shared_groups=bench.prepared.shared_groups,
         steps=settings.epochs * -(-len(benchmark.splits["forget"]) // settings.batch_size),
         models=bench.models,
         bounds=bounds,

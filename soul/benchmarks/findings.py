@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from soul.benchmarks.comparison import ComparisonResult, Group
-from soul.benchmarks.paired import CONFIDENCE, Difference, Summary, paired_difference, summary
+from soul.benchmarks.paired import Difference, Summary, paired_difference, summary
 from soul.benchmarks.selection import RULES
 from soul.objectives.methods import TITLES
+from soul.statistics.means import CONFIDENCE
 
 FORGET_QUALITY: Final = "forget_quality_log10_p"
 METRICS: Final[Mapping[str, str]] = {
@@ -65,15 +66,30 @@ def title(group: Group) -> str:
 
 
 def conclusions(result: ComparisonResult) -> Iterator[str]:
-    """Per method and other optimizer what survives the search: under both rules of selection and with the same sign."""
+    """Per method and other optimizer what survives the search: under both rules of selection and with the same sign.
+
+    Rules that select the same rates for both optimizers show the same runs twice: that is one comparison, and is said to be.
+    """
     baseline = result.settings.baseline
     for method in result.settings.methods:
         under = [next(group for group in result.groups if group.method == method and rule in group.kinds) for rule in RULES]
         for other in result.settings.optimizers[1:]:
-            found = [differences(group, baseline)[other] for group in under]
+            rates = list(dict.fromkeys((group.learning_rates[baseline], group.learning_rates[other]) for group in under))
+            found = [differences(group, baseline)[other] for group in under][: len(rates)]
             lasting = [path for path in METRICS if len({_sign(one[path]) for one in found}) == 1 and _sign(found[0][path]) != 0]
             listed = "; ".join(f"{METRICS[path]} of {baseline} {_size([one[path] for one in found])}" for path in lasting)
-            yield f"{TITLES[method]}, {baseline} against {other}: {listed or 'no difference survives the search under both rules'}."
+            who = f"{TITLES[method]}, {baseline} against {other}"
+            if len(rates) == 1:
+                said = listed or "every difference is inside the noise"
+                yield f"{who}: both rules select the same runs, which is one comparison and not two: {said}."
+            else:
+                yield f"{who}: {listed or 'no difference survives the search under both rules'}.{_shared(rates, baseline, other)}"
+
+
+def _shared(rates: list[tuple[float, float]], *names: str) -> str:
+    """Which optimizer's runs are the same under both rules."""
+    same = [name for name, pair in zip(names, zip(*rates, strict=True), strict=True) if len(set(pair)) == 1]
+    return f" The runs of {same[0]} are the same under both rules." if same else ""
 
 
 def statements(result: ComparisonResult) -> Iterator[str]:
@@ -94,6 +110,12 @@ def statements(result: ComparisonResult) -> Iterator[str]:
             "nothing differed. Seeds vary data order and sampled labels only: there is one target model and one forget set, so nothing is "
             "said about others."
         )
+
+
+def _of_halves(result: ComparisonResult) -> str:
+    if not result.shared_groups:
+        return "No author or group of ids has rows in both halves."
+    return f"There is one author or group of ids in {' and '.join(result.shared_groups)}, which has rows in both halves."
 
 
 def _sign(difference: Difference) -> int:
@@ -134,7 +156,7 @@ def setting(result: ComparisonResult) -> Iterator[str]:
         f"The search gives every optimizer the same {len(settings.learning_rates)} learning rates on one seed and the selection half of "
         f"the evaluated rows. The tables show {settings.seeds} other seeds on the report half; answers are generated with at most "
         f"{result.max_new_tokens} tokens (the longest reference has {result.longest_answer}). Unlearning sees all forget rows, of both "
-        "halves."
+        f"halves. {_of_halves(result)}"
     )
     yield (
         "Selected are, apart from each other, "

@@ -1,4 +1,4 @@
-"""Fronts of (left of forget, kept of retain), what is read off them at equal forgetting, and bootstrap intervals."""
+"""Fronts of (left of forget, kept of retain), and what is read off them at equal forgetting."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from soul.benchmarks.paired import CONFIDENCE
-
 Point = tuple[float, float]  # what is left of the forget rows (lower is better), what is kept of the retain rows (higher is better)
-RESAMPLES = 10_000
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
@@ -58,17 +55,3 @@ def _depth(front: Sequence[Point], floor: float) -> float:
     """What is left at the deepest point that keeps the floor."""
     least = floor * max(front)[1]
     return min(left for left, kept in front if kept >= least)
-
-
-def bootstrap_interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float] | None:
-    """Percentile interval of the mean over resampled values; None below two values.
-
-    With a handful of values it cannot reach beyond the smallest and the largest, and is narrower than it should be.
-    """
-    if len(values) < 2:
-        return None
-    drawn = np.random.Generator(np.random.Philox(seed)).integers(len(values), size=(RESAMPLES, len(values)))
-    means = np.asarray(values, dtype=np.float64)[drawn].mean(axis=1)
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(means, [tail, 100 - tail])
-    return float(low), float(high)

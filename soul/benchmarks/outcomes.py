@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from soul.benchmarks.grid import Trial, model_slug
+from soul.data.groups import Halves, halves
 from soul.evaluate.eval_log import EvalLog, SplitLog
 from soul.evaluate.logs import read_log
 from soul.evaluate.score import Scores, score
@@ -50,6 +51,8 @@ class Outcome:
     cost: Mapping[str, float | None] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
     benchmark: str = ""
+    shared_groups: tuple[str, ...] = ()
+    """The splits whose halves had to share an author."""
 
 
 def reference_folder(output: Path, model: str, kind: str) -> Path:
@@ -70,14 +73,16 @@ def fetch_trials(trials: Sequence[Trial], output: Path) -> None:
 
 
 def read_outcome(trial: Trial, output: Path, *, halved: bool) -> Outcome:
-    """`halved`: a choice is to be selected, on the even rows of forget and retain; the odd ones are for the report."""
+    """`halved`: a choice is to be selected, on half of the authors of forget and retain; the rows of the others are for the report."""
     run = RunDir(trial_folder(trial, output))
     if not run.results.is_file():
         return _without_results(trial, run)
     results = json.loads(run.results.read_text())
     logs = {kind: _reference_log(reference_folder(output, trial.cell.model, kind)) for kind in ("target", "retrained")}
     log, gold = read_log(run.logs), logs["retrained"]
-    validation, report = (0, 1) if halved else (None, None)
+    cut = {split: halves_of(log.splits[split]) for split in HALVED if split in log.splits} if halved else {}
+    validation = {split: half.selection for split, half in cut.items()}
+    report = {split: half.report for split, half in cut.items()}
     return Outcome(
         trial,
         "done",
@@ -90,6 +95,7 @@ def read_outcome(trial: Trial, output: Path, *, halved: bool) -> Outcome:
         cost=results["cost"],
         sizes=results["splits"],
         benchmark=results["benchmark"],
+        shared_groups=tuple(split for split, half in cut.items() if half.share_groups),
     )
 
 
@@ -114,24 +120,32 @@ def _without_results(trial: Trial, run: RunDir) -> Outcome:
     return Outcome(trial, "missing", "it has not run to its end; the same command continues it")
 
 
-def _values(log: EvalLog | None, retrained: EvalLog | None, half: int | None) -> Values:
-    """A log's metrics on all rows or on one half; nothing without a log."""
+def halves_of(log: SplitLog) -> Halves:
+    """By author; a log that does not know its rows' authors (an earlier version's, a published one) is cut as if all had one."""
+    return halves(log.groups or [0] * len(log.keys))
+
+
+def _values(log: EvalLog | None, retrained: EvalLog | None, rows: Mapping[str, Sequence[int]]) -> Values:
+    """A log's metrics on these rows of some splits and on all of the others; nothing without a log."""
     if log is None:
         return {}
-    if half is None:
-        return values_of(score(log, retrained=retrained))
-    return values_of(score(half_of(log, half), retrained=None if retrained is None else half_of(retrained, half)))
+    return values_of(score(part_of(log, rows), retrained=None if retrained is None else part_of(retrained, rows)))
 
 
-def half_of(log: EvalLog, half: int) -> EvalLog:
-    """Every second row of forget and retain, from row `half` (0 or 1) on; the other splits whole. Authors are in both halves."""
-    splits = {name: _every_second(rows, half) if name in HALVED else rows for name, rows in log.splits.items()}
+def part_of(log: EvalLog, rows: Mapping[str, Sequence[int]]) -> EvalLog:
+    """These rows of some splits; the other splits whole."""
+    if not rows:
+        return log
+    splits = {name: _chosen(split, rows[name]) if name in rows else split for name, split in log.splits.items()}
     return replace(log, splits=splits, recorded_auc={})
 
 
-def _every_second(log: SplitLog, half: int) -> SplitLog:
-    columns: dict[str, Any] = {f.name: value[half::2] for f in fields(log) if isinstance(value := getattr(log, f.name), tuple)}
-    return replace(log, **columns, attacks={name: rows[half::2] for name, rows in log.attacks.items()})
+def _chosen(log: SplitLog, rows: Sequence[int]) -> SplitLog:
+    def take(column: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(column[row] for row in rows if row < len(column))
+
+    columns: dict[str, Any] = {f.name: take(value) for f in fields(log) if isinstance(value := getattr(log, f.name), tuple)}
+    return replace(log, **columns, attacks={name: take(column) for name, column in log.attacks.items()})
 
 
 def values_of(scores: Scores) -> dict[str, float]:

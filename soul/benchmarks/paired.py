@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Literal
 
-from scipy.stats import t as student
-
-CONFIDENCE: Final = 0.95
+from soul.statistics.means import mean_interval
 
 Verdict = Literal["survives", "inside the noise", "no interval"]
 
@@ -53,7 +50,7 @@ def paired_difference(left: Sequence[float | None], right: Sequence[float | None
     if not deltas:
         return Difference(None, None, None, 0)
     mean = statistics.fmean(deltas)
-    if len(deltas) == 1:
+    interval = mean_interval(deltas)
+    if interval is None:
         return Difference(mean, None, None, 1)
-    half = float(student.ppf((1 + CONFIDENCE) / 2, len(deltas) - 1)) * statistics.stdev(deltas) / math.sqrt(len(deltas))
-    return Difference(mean, mean - half, mean + half, len(deltas))
+    return Difference(mean, *interval, len(deltas))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from soul.data.chat import ChatFormat
+from soul.data.groups import groups_of, halves
 from soul.data.refusals import refusal_records
 from soul.data.sources import Benchmark, fingerprint
 from soul.data.store import finish_store, is_store, write_part
@@ -30,21 +31,10 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Halves:
-    """The evaluated rows of a split in two disjoint halves, every second row each, so that both hold rows of every author."""
-
-    selection: tuple[Record, ...]
-    report: tuple[Record, ...]
-
-
-def halves(records: Sequence[Record]) -> Halves:
-    return Halves(tuple(records[0::2]), tuple(records[1::2]))
-
-
-@dataclass(frozen=True)
 class Prepared:
     """`key` names the models' weights and rows. `probes` are the token stores of the selection halves; `reference` is where
-    the first run that needs it leaves the forget rows' log-probabilities under the target.
+    the first run that needs it leaves the forget rows' log-probabilities under the target. `shared_groups` are the splits whose halves
+    had to share an author.
     """
 
     key: str
@@ -55,6 +45,7 @@ class Prepared:
     reference: Path
     report_rows: Mapping[str, Sequence[Record]]
     longest_answer: int
+    shared_groups: tuple[str, ...] = ()
 
 
 def prepare(benchmark: Benchmark, folder: Path, *, tiny: TinyConfig, steps: int, say: Say) -> Prepared:
@@ -64,23 +55,19 @@ def prepare(benchmark: Benchmark, folder: Path, *, tiny: TinyConfig, steps: int,
     key = digest([RECIPE, [prints[split] for split in trained], tiny.model_dump(), steps, LEARNING_RATE, WEIGHT_DECAY, BATCH_SIZE, SEED])
     root = folder / "models" / key
     start = _start(benchmark, root / "start", tiny)
-    evaluated = {
-        split: halves(rows)
-        for split, rows in (
-            ("forget", benchmark.splits["forget"]),
-            ("retain", benchmark.splits.get("retain_eval") or benchmark.splits["retain"]),
-        )
-    }
+    evaluated = {"forget": benchmark.splits["forget"], "retain": benchmark.splits.get("retain_eval") or benchmark.splits["retain"]}
+    cut = {split: halves(groups_of([record.id for record in records])) for split, records in evaluated.items()}
     rows = {split: benchmark.splits[split] for split in trained}
     rows["refusal"] = refusal_records(benchmark.splits["forget"], seed=SEED)
     stores = {split: _store(records, split, start, root / "tokens", tiny) for split, records in rows.items()}
-    probes = {split: _store(half.selection, split, start, root / "tokens", tiny) for split, half in evaluated.items()}
+    chosen = {split: [evaluated[split][row] for row in half.selection] for split, half in cut.items()}
+    probes = {split: _store(records, split, start, root / "tokens", tiny) for split, records in chosen.items()}
     for name in ("target", "retrained"):
         used = [stores[split] for split in trained if not (name == "retrained" and split == "forget")]
         if not (root / name / "config.json").is_file():
             say(f"training the {name} model: {steps} steps")
             _memorise(start, used, root / name, steps)
-    report_rows = {split: half.report for split, half in evaluated.items()}
+    report_rows = {split: tuple(evaluated[split][row] for row in half.report) for split, half in cut.items()}
     report_rows |= {split: tuple(benchmark.splits[split]) for split in WORLD_SETS if split in benchmark.splits}
     return Prepared(
         key=key,
@@ -91,6 +78,7 @@ def prepare(benchmark: Benchmark, folder: Path, *, tiny: TinyConfig, steps: int,
         reference=root / "reference.npy",
         report_rows=report_rows,
         longest_answer=longest_answer(report_rows, root / "target", tiny.max_length),
+        shared_groups=tuple(split for split, half in cut.items() if half.share_groups),
     )
 
 

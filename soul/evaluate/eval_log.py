@@ -26,7 +26,8 @@ class SplitLog:
 
     `right` is the answer that the wrong ones are compared with: the paraphrase on forget and retain rows, the answer itself elsewhere.
     All `nll`s are mean nats per answer token, the EOS included. The two `recorded` columns are values that a log gives without the
-    losses behind them. `attacks` maps an attack to its row scores (higher: less likely a member).
+    losses behind them. `attacks` maps an attack to its row scores (higher: less likely a member). `groups` says by numbers which rows are
+    about one author (soul.data.groups).
     """
 
     keys: tuple[str, ...]
@@ -44,6 +45,7 @@ class SplitLog:
     extraction_strength: Column | None = None
     accuracy: Column | None = None
     attacks: Mapping[str, Column] = field(default_factory=dict)
+    groups: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from soul.data.chat import ChatFormat
+from soul.data.groups import groups_of
 from soul.evaluate.accuracy import SentenceEncoder, nearest_is_right
 from soul.evaluate.eval_log import EvalLog, SplitLog
 from soul.evaluate.generate import decode, stop_ids
@@ -138,12 +139,12 @@ def _split_log(
 ) -> SplitLog:
     rows = range(len(records))
     answers = [scores[Ask(split, row, "answer")] for row in rows]
-    keys = tuple(map(str, rows))
+    keys, groups = tuple(map(str, rows)), groups_of([record.id for record in records])
     nlls = tuple(answer.mean_nll for answer in answers)
     tokens = tuple(answer.num_tokens for answer in answers)
     attacks = {} if split not in ("forget", "holdout") else _attacks(records, answers, settings.min_k)
     if split == "holdout":
-        return SplitLog(keys, answer_nll=nlls, answer_tokens=tokens, attacks=attacks)
+        return SplitLog(keys, answer_nll=nlls, answer_tokens=tokens, attacks=attacks, groups=groups)
     rights = [scores.get(Ask(split, row, "right")) if split in PARAPHRASED_SPLITS else answers[row] for row in rows]
     wrongs = [[scores[Ask(split, row, "wrong", choice)] for choice in range(len(records[row].perturbed))] for row in rows]
     recalls = None
@@ -163,6 +164,7 @@ def _split_log(
         extraction_strength=tuple(extraction_strength(_without_eos(answer.correct)) for answer in answers),
         accuracy=None if encoder is None else _accuracy(split, records, texts, encoder),
         attacks=attacks,
+        groups=groups,
     )
 
 

@@ -24,7 +24,7 @@ FILES: Final = {
 AGGREGATED: Final = "eval_log_aggregated.json"
 _LOSSES: Final = {"answer_nll": "avg_gt_loss", "right_nll": "avg_paraphrased_loss"}
 _SHARES: Final = ("rouge1_recall", "rougeL_recall", "exact_memorization", "extraction_strength", "accuracy")
-_COUNTS: Final = {"answer_tokens": "num_token_gt", "right_tokens": "num_token_paraphrased"}
+_COUNTS: Final = {"answer_tokens": "num_token_gt", "right_tokens": "num_token_paraphrased", "groups": "group"}
 
 
 def is_tofu(document: Mapping[str, Any]) -> bool:

@@ -43,7 +43,7 @@ def _best(table: Table, model: str) -> Iterator[str]:
 
 
 def _ties(best: Row, kept: list[Row], path: str) -> str:
-    """The cells whose bootstrap interval meets the best one's: with so few seeds they are not told apart."""
+    """The cells whose interval meets the best one's: with so few seeds they are not told apart."""
     own = best.interval(path)
     if own is None:
         return " One seed: this ranks runs, not optimizers."
@@ -68,7 +68,7 @@ def _limits(table: Table) -> Iterator[str]:
         names = ", ".join(
             f"{cell_title(row, table)} ({', '.join(f'{edge} {name}' for name, edge in row.edges.items())})" for row in table.edges
         )
-        yield f"The search of {len(table.edges)} of {len(table.rows)} cells ended at the edge of its range in some seed: {names}."
+        yield f"The search of {len(table.edges)} of {len(table.rows)} cells ended at the edge of its range: {names}."
     for model in table.models:
         start = table.reference(model, "target").get(f"forget.{table.metric}")
         if start is not None and start < WEAK_TARGET:

@@ -63,7 +63,7 @@ def shown_columns(table: Table) -> list[GridColumn]:
 
 
 def spread(row: Row, column: GridColumn) -> str:
-    """ "0.21 ± 0.03 [0.18, 0.24]": mean, standard deviation over the seeds, bootstrap 95 % interval of the mean."""
+    """ "0.21 ± 0.03 [0.18, 0.24]": mean, standard deviation over the seeds, Student's 95 % interval of the mean."""
     found = row.summary(column.path)
     if found.mean is None:
         return DASH
@@ -120,11 +120,11 @@ def costs_of(table: Table) -> dict[str, tuple[str, Callable[[float], str]]]:
 
 def caption(table: Table) -> str:
     """What the numbers of the main table are."""
-    parts = ["Mean over the seeds ± standard deviation [bootstrap 95 % interval of the mean]."]
+    parts = ["Mean over the seeds ± standard deviation [Student's 95 % interval of the mean]."]
     if table.halved:
         metric = METRICS[table.metric].title
         parts.append(
-            f"Per seed, each cell's settings were selected on every second forget and retain row (least {metric} on forget among those "
+            f"Each cell's settings, the same for all seeds, were selected on {_half(table)} (least mean {metric} on forget among those "
             f"that keep {table.floor:.0%} of the target's on retain) and are reported on the other rows, as are target and retrained model."
         )
     parts.append(f"* does not keep {table.floor:.0%} of the target's retain score in every seed.")
@@ -133,6 +133,12 @@ def caption(table: Table) -> str:
     if "peak memory" not in costs_of(table):
         parts.append("Peak memory was not measured: the runs shared processes (--isolated gives each its own).")
     return " ".join(parts)
+
+
+def _half(table: Table) -> str:
+    if not table.shared_groups:
+        return "half of the authors (groups of ids) of the forget and retain rows"
+    return f"half of the forget and retain rows, which in {' and '.join(table.shared_groups)} share authors with the other half"
 
 
 def _references(table: Table, columns: Sequence[GridColumn], kind: str) -> list[tuple[str, ...]]:

@@ -6,6 +6,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,14 @@ from soul.benchmarks.comparison import ComparisonResult, ComparisonSettings, Gro
 from soul.benchmarks.comparison_tables import markdown, terminal, to_json
 from soul.benchmarks.findings import conclusions, differences, statements, warnings
 from soul.benchmarks.paired import paired_difference, summary
-from soul.benchmarks.preparation import halves
 from soul.benchmarks.selection import RULES, Bounds, Rule, Selection, Trial, select
 from soul.data.fictitious import fictitious_splits
 from soul.data.sources import Benchmark
 from soul.models.tiny import TinyConfig
-from soul.records import InputError, Record
+from soul.records import InputError
 from soul.train.loop import NonFiniteLoss
 
 BOUNDS = Bounds(target_forget=0.9, target_retain=0.9, floor=0.9, ceiling=0.1)
-
-
-@pytest.mark.parametrize("num_rows", [2, 3, 7, 40])
-def test_halves_share_no_row_and_lose_none(num_rows: int) -> None:
-    rows = [Record(str(i), f"prompt {i}", f"answer {i}") for i in range(num_rows)]
-    half = halves(rows)
-    assert set(half.selection) | set(half.report) == set(rows)
-    assert not set(half.selection) & set(half.report)
-    assert 0 <= len(half.selection) - len(half.report) <= 1
 
 
 @pytest.mark.parametrize(
@@ -147,6 +138,7 @@ def made_result(keep: Cells, forget: Cells | None = None) -> ComparisonResult:
         max_new_tokens=8,
         longest_answer=9,
         steps=5,
+        shared_groups=(),
         models={"target": cell(1.0)["scores"], "retrained": cell(0.1)["scores"]},
         bounds=BOUNDS,
         searches={("npo", "adamw"): Search(trials, adamw), ("npo", "sophia"): Search(trials, sophia)},
@@ -172,6 +164,20 @@ def test_only_what_survives_both_rules_with_one_sign_is_concluded() -> None:
     assert "forget ROUGE-L of adamw higher by 0.2 and 0.2" in next(conclusions(made_result({"adamw": high, "sophia": low})))
     for forget in ({"adamw": low, "sophia": high}, {"adamw": high, "sophia": noisy}, {"adamw": high, "sophia": high}):
         assert "no difference survives" in next(conclusions(made_result({"adamw": high, "sophia": low}, forget)))
+
+
+def test_the_same_runs_under_both_rules_are_one_comparison() -> None:
+    """Where both rules select the same rates, for one of the optimizers or for both."""
+    low, high = [cell(0.30), cell(0.31), cell(0.32)], [cell(0.50), cell(0.52), cell(0.51)]
+    result = made_result({"adamw": high, "sophia": low})
+    one = Group("npo", ("keep",), {"adamw": 1e-4, "sophia": 5e-5}, result.groups[0].cells)
+    same = Group("npo", ("forget",), {"adamw": 1e-4, "sophia": 5e-5}, result.groups[0].cells)
+    said = next(conclusions(replace(result, groups=[one, same])))
+    assert "both rules select the same runs, which is one comparison and not two: forget ROUGE-L of adamw higher by 0.2." in said
+    other = replace(same, learning_rates={"adamw": 1e-4, "sophia": 1e-4})
+    said = next(conclusions(replace(result, groups=[one, other])))
+    assert "higher by 0.2 and 0.2" in said and said.endswith("The runs of adamw are the same under both rules.")
+    assert "are the same under both rules" not in next(conclusions(result))
 
 
 def test_tables_show_gaps_warnings_and_the_underflown_p() -> None:

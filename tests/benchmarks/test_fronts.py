@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 
-from soul.benchmarks.fronts import bootstrap_interval, deepest_shared_level, kept_at, pareto_front
+from soul.benchmarks.fronts import deepest_shared_level, kept_at, pareto_front
 
 
 def dominated(point: tuple[float, float], others: list[tuple[float, float]]) -> bool:
@@ -34,14 +32,3 @@ def test_the_shared_level_is_one_that_every_front_reaches() -> None:
     level = deepest_shared_level(fronts)
     assert level == 0.3 and all(kept_at(front, level) is not None for front in fronts)
     assert deepest_shared_level([]) is None and deepest_shared_level([[], [(1.0, 1.0)]]) is None
-
-
-def test_the_bootstrap_interval_is_the_exact_one_of_all_resamples() -> None:
-    values = [0.1, 0.4, 0.45, 0.9]
-    exact = np.percentile([np.mean(drawn) for drawn in itertools.product(values, repeat=4)], [2.5, 97.5])
-    assert bootstrap_interval(values) == pytest.approx(tuple(exact), abs=0.02)
-    assert bootstrap_interval(values) == bootstrap_interval(values)
-    assert bootstrap_interval([0.5]) is None and bootstrap_interval([0.5, 0.5]) == (0.5, 0.5)
-
-
-# outcomes

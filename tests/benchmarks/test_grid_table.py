@@ -14,7 +14,7 @@ import pytest
 
 from soul.benchmarks.aggregate import Table, front_of, select, tabulate
 from soul.benchmarks.grid import Cell, Choice, Origin, Trial
-from soul.benchmarks.outcomes import CRASHED, FAILED, MARK_KEY, STOPPED, Outcome, half_of, read_outcome, reference_folder
+from soul.benchmarks.outcomes import CRASHED, FAILED, MARK_KEY, STOPPED, Outcome, halves_of, part_of, read_outcome, reference_folder
 from soul.benchmarks.paired import paired_difference
 from soul.evaluate.eval_log import EvalLog, SplitLog
 from soul.evaluate.score import score
@@ -67,6 +67,7 @@ def eval_log(num_rows: int, *, offset: float = 0.0) -> EvalLog:
             rougeL_recall=tuple((i % 5) / 5 for i in rows),
             exact_memorization=tuple((i % 3) / 3 for i in rows),
             attacks={"loss": tuple(0.1 * i for i in rows)},
+            groups=tuple(i // 3 for i in rows),
         )
 
     return EvalLog("a model", {"forget": split(offset), "retain": split(0.5 + offset), "world_facts": split(0.2)})
@@ -75,8 +76,11 @@ def eval_log(num_rows: int, *, offset: float = 0.0) -> EvalLog:
 @pytest.mark.parametrize("num_rows", [2, 7, 10])
 def test_halves_share_no_row_and_together_are_the_whole(num_rows: int) -> None:
     log = eval_log(num_rows)
-    first, second = half_of(log, 0), half_of(log, 1)
+    cut = {name: halves_of(log.splits[name]) for name in ("forget", "retain")}
+    first, second = (part_of(log, {name: getattr(half, side) for name, half in cut.items()}) for side in ("selection", "report"))
     for name in ("forget", "retain"):
+        authors = [set(half.splits[name].groups or ()) for half in (first, second)]
+        assert bool(authors[0] & authors[1]) == (num_rows == 2)  # of one author only
         keys = [set(half.splits[name].keys) for half in (first, second)]
         assert keys[0] & keys[1] == set() and keys[0] | keys[1] == set(log.splits[name].keys)
         for half in (first, second):
@@ -104,12 +108,14 @@ def test_a_trial_is_read_in_halves_from_its_logs(tmp_path: Path) -> None:
     whole = read_outcome(trial, tmp_path, halved=False)
     halved = read_outcome(trial, tmp_path, halved=True)
     assert whole.validation == whole.values and halved.validation != halved.values
-    for outcome_, rows in ((halved.validation, range(0, 11, 2)), (halved.values, range(1, 11, 2)), (whole.values, range(11))):
+    chosen = ((0, 1, 2, 6, 7, 8), (3, 4, 5, 9, 10))  # the authors of three rows each in turn, the last one of two
+    for outcome_, rows in ((halved.validation, chosen[0]), (halved.values, chosen[1]), (whole.values, range(11))):
         expected = np.mean([math.exp(-(0.1 * (i + 1) + 0.3)) for i in rows])
         assert outcome_["forget.probability"] == pytest.approx(expected)
     assert whole.values["log10_forget_quality"] == pytest.approx(math.log10(whole.values["forget_quality"]))
-    odd = np.mean([math.exp(-0.1 * (i + 1)) for i in range(1, 11, 2)])
-    assert halved.target["forget.probability"] == pytest.approx(odd) and halved.target != halved.target_validation
+    reported = np.mean([math.exp(-0.1 * (i + 1)) for i in chosen[1]])
+    assert halved.target["forget.probability"] == pytest.approx(reported) and halved.target != halved.target_validation
+    assert halved.shared_groups == ()
     assert whole.cost["train_s"] == 1.5 and whole.retrained["forget.probability"] < whole.values["forget.probability"]
 
 
@@ -133,17 +139,37 @@ def test_a_trial_without_results_says_why(tmp_path: Path) -> None:
 def test_selection_looks_at_the_validation_half_only() -> None:
     liar = outcome("adamw", 1e-3, 0, forget=0.0, retain=1.0, validation={"forget.rougeL_recall": 0.5, "retain.rougeL_recall": 1.0})
     honest = outcome("adamw", 1e-4, 0, forget=0.6, retain=0.9, validation={"forget.rougeL_recall": 0.4, "retain.rougeL_recall": 1.0})
-    assert select([liar, honest], metric="rougeL_recall", floor=0.9) is honest
+    assert select([liar, honest], metric="rougeL_recall", floor=0.9) == [honest]
 
 
 def test_selection_takes_the_deepest_above_the_floor_else_the_nearest_to_it() -> None:
     runs = [outcome("adamw", rate, 0, forget, retain) for rate, forget, retain in ((1e-5, 0.9, 1.0), (1e-4, 0.4, 0.92), (1e-3, 0.0, 0.6))]
-    assert select(runs, metric="rougeL_recall", floor=0.9) is runs[1]
-    assert select(runs, metric="rougeL_recall", floor=0.5) is runs[2]
-    assert select(runs[2:], metric="rougeL_recall", floor=0.9) is runs[2]
+    assert select(runs, metric="rougeL_recall", floor=0.9) == [runs[1]]
+    assert select(runs, metric="rougeL_recall", floor=0.5) == [runs[2]]
+    assert select(runs[2:], metric="rougeL_recall", floor=0.9) == [runs[2]]
     twin = outcome("adamw", 2e-4, 0, 0.4, 0.92)
-    assert select([twin, runs[1]], metric="rougeL_recall", floor=0.9) is runs[1]  # the smaller rate
-    assert select([], metric="rougeL_recall", floor=0.9) is None
+    assert select([twin, runs[1]], metric="rougeL_recall", floor=0.9) == [runs[1]]  # the smaller rate
+    assert select([], metric="rougeL_recall", floor=0.9) == []
+
+
+def test_a_cell_has_one_setting_for_all_its_seeds() -> None:
+    """Not the luckiest of each seed: 1e-4 wins seed 0 and 1e-3 seed 1, and 3e-4 both together."""
+    lucky = {(1e-4, 0): 0.0, (1e-4, 1): 0.9, (3e-4, 0): 0.2, (3e-4, 1): 0.2, (1e-3, 0): 0.9, (1e-3, 1): 0.0}
+    runs = [outcome("adamw", rate, seed, forget, 0.95) for (rate, seed), forget in lucky.items()]
+    chosen = select(runs, metric="rougeL_recall", floor=0.9)
+    assert {(run.trial.choice.settings["learning_rate"], run.trial.seed) for run in chosen} == {(3e-4, 0), (3e-4, 1)}
+    [row] = tabulate(runs, floor=0.9).rows
+    assert [run.trial.seed for run in row.selected] == [0, 1] and row.values("forget.rougeL_recall") == [0.2, 0.2]
+
+
+def test_a_choice_that_failed_in_a_seed_is_not_preferred_for_its_luck_in_the_other() -> None:
+    runs = [outcome("adamw", 1e-4, seed, 0.3, 0.95) for seed in (0, 1)] + [outcome("adamw", 1e-3, 0, 0.0, 0.95)]
+    assert select(runs, metric="rougeL_recall", floor=0.9) == runs[:2]
+
+
+def test_a_log_that_knows_no_authors_is_cut_row_by_row_and_says_so(tmp_path: Path) -> None:
+    log = replace(eval_log(6).splits["forget"], groups=None)
+    assert halves_of(log).share_groups and halves_of(log).selection == (0, 2, 4)
 
 
 def two_searches(gap: float = 0.1, noise: float = 0.01) -> list[Outcome]:

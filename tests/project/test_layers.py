@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
     ("records", "draws"),
     ("device",),
-    ("batch",),
+    ("batch", "statistics"),
     ("object_store",),
     ("store",),
     ("rundir",),

@@ -1,0 +1,1 @@
+"""What numbers of so many rows or seeds can say: intervals, tests, and what a test could not have seen."""
