@@ -22,7 +22,7 @@ from soul.evaluate.open_unlearning_log import FILE as OPEN_UNLEARNING_FILE
 from soul.evaluate.open_unlearning_log import write_open_unlearning_log
 from soul.evaluate.plan import GENERATED_SPLITS, PARAPHRASED_SPLITS, Ask, EvalPlan, ItemResult, plan_evaluation, run_item
 from soul.evaluate.privacy import min_k_score, zlib_score
-from soul.evaluate.rouge import rouge_recalls
+from soul.evaluate.rouge import has_words, rouge_recalls
 from soul.evaluate.score import Scores, score
 from soul.evaluate.settings import EvalSettings
 from soul.evaluate.tofu_log import AGGREGATED, write_tofu_log
@@ -117,7 +117,9 @@ def finish(
 def _notes(plan: EvalPlan) -> dict[str, str]:
     """Why something was not measured."""
     notes: dict[str, str] = {}
-    for split in plan.splits:
+    for split, records in plan.splits.items():
+        if not any(has_words(record.response) for record in records):
+            notes[f"{split}.rougeL_recall"] = "no answer has a word to look for: neither letters nor digits"
         if not plan.settings.generate:
             notes[f"{split}.rougeL_recall"] = notes[f"{split}.accuracy"] = "no answers were generated (generate is off)"
         elif plan.settings.sentence_model is None:
@@ -158,8 +160,8 @@ def _split_log(
         answer_tokens=tokens,
         right_tokens=None if not any(rights) else tuple(0 if right is None else right.num_tokens for right in rights),
         wrong_tokens=None if not any(wrongs) else tuple(tuple(wrong.num_tokens for wrong in row) for row in wrongs),
-        rouge1_recall=None if recalls is None else tuple(recall for recall, _ in recalls),
-        rougeL_recall=None if recalls is None else tuple(recall for _, recall in recalls),
+        rouge1_recall=None if recalls is None else _or_none([recall for recall, _ in recalls]),
+        rougeL_recall=None if recalls is None else _or_none([recall for _, recall in recalls]),
         exact_memorization=tuple(exact_memorization(_without_eos(answer.correct)) for answer in answers),
         extraction_strength=tuple(extraction_strength(_without_eos(answer.correct)) for answer in answers),
         accuracy=None if encoder is None else _accuracy(split, records, texts, encoder),
