@@ -77,15 +77,16 @@ def read_outcome(trial: Trial, output: Path, *, halved: bool) -> Outcome:
     results = json.loads(run.results.read_text())
     logs = {kind: _reference_log(reference_folder(output, trial.cell.model, kind)) for kind in ("target", "retrained")}
     log, gold = read_log(run.logs), logs["retrained"]
+    insists = "compared_despite" in results["settings"]
     validation, report = (0, 1) if halved else (None, None)
     return Outcome(
         trial,
         "done",
-        validation=_values(log, gold, validation),
-        values=_values(log, gold, report),
-        target=_values(logs["target"], gold, report),
-        target_validation=_values(logs["target"], gold, validation),
-        retrained=_values(gold, gold, report),
+        validation=_values(log, gold, validation, insists),
+        values=_values(log, gold, report, insists),
+        target=_values(logs["target"], gold, report, insists),
+        target_validation=_values(logs["target"], gold, validation, insists),
+        retrained=_values(gold, gold, report, insists),
         epochs=tuple(results["epochs"]),
         cost=results["cost"],
         sizes=results["splits"],
@@ -114,13 +115,13 @@ def _without_results(trial: Trial, run: RunDir) -> Outcome:
     return Outcome(trial, "missing", "it has not run to its end; the same command continues it")
 
 
-def _values(log: EvalLog | None, retrained: EvalLog | None, half: int | None) -> Values:
+def _values(log: EvalLog | None, retrained: EvalLog | None, half: int | None, insists: bool) -> Values:
     """A log's metrics on all rows or on one half; nothing without a log."""
     if log is None:
         return {}
     if half is None:
-        return values_of(score(log, retrained=retrained))
-    return values_of(score(half_of(log, half), retrained=None if retrained is None else half_of(retrained, half)))
+        return values_of(score(log, retrained=retrained, allow_mismatch=insists))
+    return values_of(score(half_of(log, half), retrained=None if retrained is None else half_of(retrained, half), allow_mismatch=insists))
 
 
 def half_of(log: EvalLog, half: int) -> EvalLog:

@@ -11,7 +11,17 @@ from rouge_score.tokenizers import DefaultTokenizer
 
 from soul.evaluate.rouge import UnicodeWords, rouge_recalls
 
-TEXTS = ("我爱北京天安门", "Привет, мир 2024", "ภาษาไทย", "हिन्दी में लिखा", "Ελλάς", "مرحبا بالعالم", "こんにちは カタカナ", "한국어 문장", "García Márquez")
+TEXTS = (
+    "我爱北京天安门",
+    "Привет, мир 2024",
+    "ภาษาไทย",
+    "हिन्दी में लिखा",
+    "Ελλάς",
+    "مرحبا بالعالم",
+    "こんにちは カタカナ",
+    "한국어 문장",
+    "García Márquez",
+)
 
 
 @pytest.mark.parametrize("text", TEXTS)
