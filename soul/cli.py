@@ -267,12 +267,9 @@ def _score(parsed: argparse.Namespace) -> int:
     from soul.evaluate.same_rows import check_comparable
     from soul.evaluate.score import score_log
 
-    retrained = None if parsed.retrained is None else read_log(parsed.retrained)
-    log = read_log(parsed.log)
-    if retrained is not None and not parsed.allow_mismatch:
-        check_comparable(log, retrained)
-    scores = score_log(log, retrained, mean=parsed.truth_ratio, allow_mismatch=parsed.allow_mismatch)
-    print(json.dumps(scores, indent=2, allow_nan=False))
+    log, retrained = read_log(parsed.log), parsed.retrained and read_log(parsed.retrained)
+    check_comparable(log, retrained, insists=parsed.allow_mismatch)
+    print(json.dumps(score_log(log, retrained, mean=parsed.truth_ratio, allow_mismatch=parsed.allow_mismatch), indent=2, allow_nan=False))
     return DONE
 
 

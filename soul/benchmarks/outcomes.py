@@ -77,7 +77,7 @@ def read_outcome(trial: Trial, output: Path, *, halved: bool) -> Outcome:
     results = json.loads(run.results.read_text())
     logs = {kind: _reference_log(reference_folder(output, trial.cell.model, kind)) for kind in ("target", "retrained")}
     log, gold = read_log(run.logs), logs["retrained"]
-    insists = "compared_despite" in results["settings"]
+    insists = "compared_despite" in results.get("settings", {})
     validation, report = (0, 1) if halved else (None, None)
     return Outcome(
         trial,

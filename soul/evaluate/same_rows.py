@@ -6,14 +6,16 @@ import hashlib
 import json
 import zlib
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from transformers import PreTrainedTokenizerBase
-
-from soul.data.chat import ChatFormat
 from soul.evaluate.eval_log import EvalLog, SplitLog
 from soul.evaluate.rouge import TOKENIZER
 from soul.records import InputError, Record
+
+if TYPE_CHECKING:  # `soul score` starts without torch
+    from transformers import PreTrainedTokenizerBase
+
+    from soul.data.chat import ChatFormat
 
 COMPARED_SPLITS: Final = ("forget", "holdout")  # what forget quality and PrivLeak read of a gold standard
 _HOW: Final = {"tokenizer": "tokenizer's vocabulary", "template": "chat template"}
@@ -72,14 +74,14 @@ def not_compared(own: EvalLog, gold: EvalLog) -> tuple[str, ...]:
     return tuple(found + [name for name in (*_HOW, "zlib") if name not in own.made_with or name not in gold.made_with])
 
 
-def check_comparable(own: EvalLog, gold: EvalLog) -> None:
+def check_comparable(own: EvalLog, gold: EvalLog | None, *, insists: bool = False) -> None:
     """Refuse a gold standard that says it is of other rows, or was made in another way.
 
     Raises:
         InputError: it is.
     """
-    found = differences(own, gold)
-    if found:
+    found = () if gold is None or insists else differences(own, gold)
+    if gold is not None and found:
         raise InputError(
             f"the gold standard {gold.source} does not fit {own.source}: {'; '.join(found)}. Expected an evaluation of the same rows, "
             "made the same way. Pass that one, or --allow-mismatch to compare them all the same."

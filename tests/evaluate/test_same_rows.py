@@ -77,7 +77,7 @@ def test_the_same_rows_are_compared_also_where_a_log_says_less() -> None:
 
 
 def test_zlib_attacks_of_two_zlibs_are_not_compared() -> None:
-    gold = replace(log(shift=0.1), made_with=MADE | {"zlib": "zlib 1.3.1 (zlib-ng 2.2)"})
+    gold = replace(log(shift=0.2), made_with=MADE | {"zlib": "zlib 1.3.1 (zlib-ng 2.2)"})
     scores = score(OWN, retrained=gold)
     assert scores.privleak is not None and scores.privleak["zlib"] is None and scores.privleak["loss"] is not None
     assert "zlib-ng 2.2" in scores.reasons["privleak.zlib"]
