@@ -253,6 +253,7 @@ def _evaluate(parsed: argparse.Namespace) -> int:
 def _add_score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("log", metavar="LOG", help="evaluation log of TOFU or OpenUnlearning: .json, .json.gz or its folder")
     parser.add_argument("--retrained", metavar="LOG", help="log of the retrained model: adds forget quality and PrivLeak [default: none]")
+    parser.add_argument("--allow-mismatch", action="store_true", help="compare with a log of other rows, tokenizer or template")
     parser.add_argument(
         "--truth-ratio",
         choices=("geometric", "arithmetic"),
@@ -263,10 +264,12 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
 
 def _score(parsed: argparse.Namespace) -> int:
     from soul.evaluate.logs import read_log
+    from soul.evaluate.same_rows import check_comparable
     from soul.evaluate.score import score_log
 
-    retrained = None if parsed.retrained is None else read_log(parsed.retrained)
-    print(json.dumps(score_log(read_log(parsed.log), retrained, mean=parsed.truth_ratio), indent=2, allow_nan=False))
+    log, retrained = read_log(parsed.log), parsed.retrained and read_log(parsed.retrained)
+    check_comparable(log, retrained, insists=parsed.allow_mismatch)
+    print(json.dumps(score_log(log, retrained, mean=parsed.truth_ratio, allow_mismatch=parsed.allow_mismatch), indent=2, allow_nan=False))
     return DONE
 
 

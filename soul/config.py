@@ -43,6 +43,7 @@ class ModelConfig(_Section):
         min_length=1,
         description="gold standard trained without the forget set: a model folder, a run directory or a published log (.json, .json.gz)",
     )
+    allow_mismatch: bool = Field(False, description="compare with a gold standard of other rows, tokenizer or template all the same")
     finetune: bool = Field(False, description="path is a base model: fine-tune it on the data to make the target (and the retrained model)")
     tiny: TinyConfig = Field(TinyConfig(), description="shape of the tiny Llama that is trained when no path is given")
     revision: str | None = Field(None, min_length=1, description="branch, tag or commit of a hub id (null: its main branch)")

@@ -56,6 +56,7 @@ class GridConfig(BaseModel):
     retrained: str | None = Field(
         None, min_length=1, description="gold standard of the one model that is given by path: a folder, a run directory or a log"
     )
+    allow_mismatch: bool = Field(False, description="compare with a gold standard of other rows, tokenizer or template all the same")
     report: bool = Field(False, description="only rebuild the report of what has run so far")
     data: DataConfig = _of_a_run("data")
     prepare: PrepareConfig = _of_a_run("prepare")
@@ -145,7 +146,9 @@ class GridConfig(BaseModel):
         """The config of one run, in its folder under trials/."""
         name = trial.cell.model
         model: dict[str, Any] = (
-            {"tiny": TINY_MODELS[name]} if name in TINY_MODELS else {"path": name, "finetune": self.finetune, "retrained": self.retrained}
+            {"tiny": TINY_MODELS[name]}
+            if name in TINY_MODELS
+            else {"path": name, "finetune": self.finetune, "retrained": self.retrained, "allow_mismatch": self.allow_mismatch}
         )
         return Config.model_validate(
             {

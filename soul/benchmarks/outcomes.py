@@ -80,17 +80,18 @@ def read_outcome(trial: Trial, output: Path, *, halved: bool) -> Outcome:
     results = json.loads(run.results.read_text())
     logs = {kind: _reference_log(reference_folder(output, trial.cell.model, kind)) for kind in ("target", "retrained")}
     log, gold = read_log(run.logs), logs["retrained"]
+    insists = "compared_despite" in results.get("settings", {})
     cut = {split: halves_of(log.splits[split]) for split in HALVED if split in log.splits} if halved else {}
     validation = {split: half.selection for split, half in cut.items()}
     report = {split: half.report for split, half in cut.items()}
     return Outcome(
         trial,
         "done",
-        validation=_values(log, gold, validation),
-        values=_values(log, gold, report),
-        target=_values(logs["target"], gold, report),
-        target_validation=_values(logs["target"], gold, validation),
-        retrained=_values(gold, gold, report),
+        validation=_values(log, gold, validation, insists),
+        values=_values(log, gold, report, insists),
+        target=_values(logs["target"], gold, report, insists),
+        target_validation=_values(logs["target"], gold, validation, insists),
+        retrained=_values(gold, gold, report, insists),
         epochs=tuple(results["epochs"]),
         cost=results["cost"],
         sizes=results["splits"],
@@ -125,11 +126,12 @@ def halves_of(log: SplitLog) -> Halves:
     return halves(log.groups or [0] * len(log.keys))
 
 
-def _values(log: EvalLog | None, retrained: EvalLog | None, rows: Mapping[str, Sequence[int]]) -> Values:
+def _values(log: EvalLog | None, retrained: EvalLog | None, rows: Mapping[str, Sequence[int]], insists: bool) -> Values:
     """A log's metrics on these rows of some splits and on all of the others; nothing without a log."""
     if log is None:
         return {}
-    return values_of(score(part_of(log, rows), retrained=None if retrained is None else part_of(retrained, rows)))
+    gold = None if retrained is None else part_of(retrained, rows)
+    return values_of(score(part_of(log, rows), retrained=gold, allow_mismatch=insists))
 
 
 def part_of(log: EvalLog, rows: Mapping[str, Sequence[int]]) -> EvalLog:

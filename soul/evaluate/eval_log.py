@@ -26,8 +26,8 @@ class SplitLog:
 
     `right` is the answer that the wrong ones are compared with: the paraphrase on forget and retain rows, the answer itself elsewhere.
     All `nll`s are mean nats per answer token, the EOS included. The two `recorded` columns are values that a log gives without the
-    losses behind them. `attacks` maps an attack to its row scores (higher: less likely a member). `groups` says by numbers which rows are
-    about one author (soul.data.groups).
+    losses behind them. `rows` holds a fingerprint of each row's question and answer. `attacks` maps an attack to its row scores (higher:
+    less likely a member). `groups` says by numbers which rows are about one author (soul.data.groups).
     """
 
     keys: tuple[str, ...]
@@ -44,6 +44,7 @@ class SplitLog:
     exact_memorization: Column | None = None
     extraction_strength: Column | None = None
     accuracy: Column | None = None
+    rows: tuple[str, ...] | None = None
     attacks: Mapping[str, Column] = field(default_factory=dict)
     groups: tuple[int, ...] | None = None
 
@@ -53,13 +54,14 @@ class EvalLog:
     """One model's evaluation. `source` names it in messages.
 
     `recorded_auc` holds attack AUCs that a log gives without row scores. `notes` says why a path such as "forget.truth_ratio" was not
-    measured, where the writer knows better than "not recorded".
+    measured, where the writer knows better than "not recorded". `made_with` names what the numbers depend on beside rows and weights.
     """
 
     source: str
     splits: Mapping[str, SplitLog]
     recorded_auc: Mapping[str, float] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
+    made_with: Mapping[str, str] = field(default_factory=dict)
 
 
 def truth_ratios_of(log: SplitLog) -> Column | None:

@@ -22,7 +22,8 @@ from soul.evaluate.open_unlearning_log import FILE as OPEN_UNLEARNING_FILE
 from soul.evaluate.open_unlearning_log import write_open_unlearning_log
 from soul.evaluate.plan import GENERATED_SPLITS, PARAPHRASED_SPLITS, Ask, EvalPlan, ItemResult, plan_evaluation, run_item
 from soul.evaluate.privacy import min_k_score, zlib_score
-from soul.evaluate.rouge import has_words, rouge_recalls
+from soul.evaluate.rouge import NO_WORDS, rouge_recalls
+from soul.evaluate.same_rows import row_fingerprint
 from soul.evaluate.score import Scores, score
 from soul.evaluate.settings import EvalSettings
 from soul.evaluate.tofu_log import AGGREGATED, write_tofu_log
@@ -105,7 +106,7 @@ def finish(
     sentence_model = plan.settings.sentence_model if plan.settings.generate else None
     encoder = None if sentence_model is None else SentenceEncoder.load(sentence_model, device)
     logs = {split: _split_log(split, records, scores, texts, plan.settings, encoder) for split, records in plan.splits.items()}
-    log = EvalLog(source, logs, notes=_notes(plan))
+    log = EvalLog(source, logs, notes=_notes(plan), made_with=plan.made_with)
     generations = {
         split: tuple(texts[Ask(split, row, "prompt")] for row in range(len(plan.splits[split])))
         for split in GENERATED_SPLITS
@@ -117,12 +118,12 @@ def finish(
 def _notes(plan: EvalPlan) -> dict[str, str]:
     """Why something was not measured."""
     notes: dict[str, str] = {}
-    for split, records in plan.splits.items():
-        if not any(has_words(record.response) for record in records):
-            notes[f"{split}.rougeL_recall"] = "no answer has a word to look for: neither letters nor digits"
+    for split in plan.splits:
         if not plan.settings.generate:
             notes[f"{split}.rougeL_recall"] = notes[f"{split}.accuracy"] = "no answers were generated (generate is off)"
-        elif plan.settings.sentence_model is None:
+            continue
+        notes[f"{split}.rougeL_recall"] = NO_WORDS  # read where the split has no value, and with answers it has none for this reason only
+        if plan.settings.sentence_model is None:
             notes[f"{split}.accuracy"] = "no sentence-embedding model given (sentence_model); choice_accuracy works without one"
         else:
             notes[f"{split}.accuracy"] = "no right and wrong answers to compare the generated answer with"
@@ -146,7 +147,9 @@ def _split_log(
     tokens = tuple(answer.num_tokens for answer in answers)
     attacks = {} if split not in ("forget", "holdout") else _attacks(records, answers, settings.min_k)
     if split == "holdout":
-        return SplitLog(keys, answer_nll=nlls, answer_tokens=tokens, attacks=attacks, groups=groups)
+        return SplitLog(
+            keys, answer_nll=nlls, answer_tokens=tokens, rows=tuple(map(row_fingerprint, records)), attacks=attacks, groups=groups
+        )
     rights = [scores.get(Ask(split, row, "right")) if split in PARAPHRASED_SPLITS else answers[row] for row in rows]
     wrongs = [[scores[Ask(split, row, "wrong", choice)] for choice in range(len(records[row].perturbed))] for row in rows]
     recalls = None
@@ -165,6 +168,7 @@ def _split_log(
         exact_memorization=tuple(exact_memorization(_without_eos(answer.correct)) for answer in answers),
         extraction_strength=tuple(extraction_strength(_without_eos(answer.correct)) for answer in answers),
         accuracy=None if encoder is None else _accuracy(split, records, texts, encoder),
+        rows=tuple(map(row_fingerprint, records)),
         attacks=attacks,
         groups=groups,
     )

@@ -7,7 +7,7 @@ bit for bit the same values, because the batches are the same.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -17,9 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from soul.batch import TokenRow
 from soul.data.chat import ChatFormat
 from soul.data.tokenize import Truncate, check_tokenizer, tokenize_pair
-from soul.evaluate.eval_log import EVAL_SPLITS
+from soul.evaluate.eval_log import EVAL_SPLITS, EvalLog, SplitLog
 from soul.evaluate.generate import check_room, generate_batch
 from soul.evaluate.likelihood import AnswerScore, evaluation_mode, plan_batches, score_batch
+from soul.evaluate.same_rows import made_with, row_fingerprint
 from soul.evaluate.settings import EvalSettings
 from soul.records import InputError, Record
 
@@ -49,6 +50,10 @@ class ScoreItem:
     rows: tuple[TokenRow, ...]
     pad_id: int
     setting: ClassVar[str] = "evaluate.batch_tokens (--eval-batch-tokens)"
+
+    @property
+    def pairs(self) -> list[tuple[Ask, TokenRow]]:
+        return list(zip(self.asks, self.rows, strict=True))
 
     @property
     def words(self) -> str:
@@ -85,6 +90,7 @@ class EvalPlan:
     settings: EvalSettings
     splits: dict[str, tuple[Record, ...]]
     items: tuple[WorkItem, ...]
+    made_with: Mapping[str, str] = field(default_factory=dict)
 
 
 def plan_evaluation(
@@ -125,7 +131,21 @@ def plan_evaluation(
     items: list[WorkItem] = [ScoreItem(tuple(asks[i] for i in batch), tuple(rows[i] for i in batch), pad_id) for batch in batches]
     if settings.generate:
         items += _generation_items(kept, tokenizer, settings, chat=chat, pad_id=pad_id, eos_ids=tuple(eos_ids), max_length=max_length)
-    return EvalPlan(settings, kept, tuple(items))
+    return EvalPlan(settings, kept, tuple(items), made_with(tokenizer, chat))
+
+
+def foreseen(plan: EvalPlan, source: str) -> EvalLog:
+    """What the evaluation's log will say of its rows, before any item is run."""
+    counts = {ask: len(row.ids) - row.num_prompt for item in plan.items if isinstance(item, ScoreItem) for ask, row in item.pairs}
+    splits = {
+        split: SplitLog(
+            tuple(map(str, range(len(records)))),
+            answer_tokens=tuple(counts[Ask(split, row, "answer")] for row in range(len(records))),
+            rows=tuple(map(row_fingerprint, records)),
+        )
+        for split, records in plan.splits.items()
+    }
+    return EvalLog(source, splits, made_with=plan.made_with)
 
 
 def _answers(split: str, record: Record) -> list[tuple[Literal["answer", "right", "wrong"], int, str]]:

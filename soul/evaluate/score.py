@@ -15,6 +15,7 @@ from soul.evaluate.eval_log import ATTACKS, Column, EvalLog, SplitLog, option_pr
 from soul.evaluate.legacy import legacy_scrambled_mia_auc, legacy_self_ks
 from soul.evaluate.memorization import probability
 from soul.evaluate.privacy import auc, privleak
+from soul.evaluate.same_rows import differences, not_compared, zlibs_apart
 from soul.evaluate.truth_ratio import TruthRatioMean, indistinguishability, preference, truth_ratio
 from soul.evaluate.utility import UTILITY_METRICS, UTILITY_SPLITS, kolmogorov_smirnov, model_utility
 
@@ -55,8 +56,10 @@ class Scores:
         }
 
 
-def score(log: EvalLog, *, retrained: EvalLog | None = None, mean: TruthRatioMean = "geometric") -> Scores:
-    """All metrics of `log`; forget quality and privleak against `retrained`."""
+def score(log: EvalLog, *, retrained: EvalLog | None = None, mean: TruthRatioMean = "geometric", allow_mismatch: bool = False) -> Scores:
+    """All metrics of `log`; forget quality and privleak against `retrained`, which has to be of the same rows, made the same way."""
+    found = () if retrained is None or allow_mismatch else differences(log, retrained)
+    apart = f"the retrained model's log cannot be compared: {'; '.join(found)}" if found else None
     reasons: dict[str, str] = {}
     splits: dict[str, Metrics | None] = {}
     for split in SCORED_SPLITS:
@@ -65,28 +68,34 @@ def score(log: EvalLog, *, retrained: EvalLog | None = None, mean: TruthRatioMea
         else:
             splits[split] = None
             reasons[split] = log.notes.get(split, f"the evaluation has no {split} split")
-    test = _forget_quality(log, retrained, mean)
+    test = _forget_quality(log, retrained, mean) if apart is None else (None, apart)
     if test[1] is not None:
         reasons["forget_quality"] = reasons["forget_quality_ks"] = test[1]
     areas = _attack_areas(log, reasons)
+    other_zlib = None if retrained is None or allow_mismatch else zlibs_apart(log, retrained)
     return Scores(
         splits=splits,
         forget_quality=test[0] and test[0][1],
         forget_quality_ks=test[0] and test[0][0],
         model_utility=_take("model_utility", _utility(splits), reasons),
         mia_auc=areas,
-        privleak=_privleaks(areas, retrained, reasons),
+        privleak=_privleaks(areas, retrained, reasons, apart, other_zlib),
         legacy=_legacy(log, mean, reasons),
         reasons=reasons,
     )
 
 
-def score_log(log: EvalLog, retrained: EvalLog | None = None, *, mean: TruthRatioMean = "geometric") -> dict[str, Any]:
+def score_log(
+    log: EvalLog, retrained: EvalLog | None = None, *, mean: TruthRatioMean = "geometric", allow_mismatch: bool = False
+) -> dict[str, Any]:
     """`soul score` as one JSON object: the metrics, what they were computed from, and a reason beside every null."""
-    scores = score(log, retrained=retrained, mean=mean)
+    scores = score(log, retrained=retrained, mean=mean, allow_mismatch=allow_mismatch)
     return {
         "log": log.source,
         "retrained": retrained and retrained.source,
+        "compared_despite": [] if retrained is None or not allow_mismatch else list(differences(log, retrained)),
+        "not_compared": [] if retrained is None else list(not_compared(log, retrained)),
+        "made_with": dict(log.made_with),
         "truth_ratio": mean,
         "rows": {split: len(split_log.keys) for split, split_log in log.splits.items()},
         **{key: value for key, value in scores.model_entry().items() if key != "reasons"},
@@ -225,13 +234,21 @@ def _present(column: Column) -> list[float]:
     return values if all(math.isfinite(value) for value in values) else []
 
 
-def _privleaks(areas: dict[str, float | None] | None, retrained: EvalLog | None, reasons: dict[str, str]) -> dict[str, float | None] | None:
+def _privleaks(
+    areas: dict[str, float | None] | None, retrained: EvalLog | None, reasons: dict[str, str], apart: str | None, other_zlib: str | None
+) -> dict[str, float | None] | None:
+    if apart is not None:
+        reasons["privleak"] = apart
+        return None
     gold = None if retrained is None else _attack_areas(retrained, {})
     if areas is None or gold is None:
         reasons["privleak"] = "needs attack AUCs of this model and of the retrained one, from the same forget and holdout sets"
         return None
     leaks: dict[str, float | None] = {}
     for attack in ATTACKS:
+        if attack == "zlib" and other_zlib is not None:
+            leaks[attack], reasons["privleak.zlib"] = None, other_zlib
+            continue
         own, reference = areas[attack], gold[attack]
         leaks[attack] = None if own is None or reference is None else privleak(own, reference)
         if leaks[attack] is None:

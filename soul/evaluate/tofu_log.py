@@ -21,6 +21,8 @@ FILES: Final = {
     "world_facts": "eval_real_world_wo_options.json",
     "holdout": "eval_log_holdout.json",
 }
+ROWS: Final = "row_fingerprint"  # ours, as the next
+MADE_WITH: Final = "made_with"  # ours
 AGGREGATED: Final = "eval_log_aggregated.json"
 _LOSSES: Final = {"answer_nll": "avg_gt_loss", "right_nll": "avg_paraphrased_loss"}
 _SHARES: Final = ("rouge1_recall", "rougeL_recall", "exact_memorization", "extraction_strength", "accuracy")
@@ -52,7 +54,7 @@ def parse_tofu(document: Json, path: Path) -> EvalLog:
         if not isinstance(document[file], dict):
             raise InputError(f"{path}, key {file}: expected an object with one entry per metric.")
         splits[split] = _parse_split(document[file], path, f"{file} > ")
-    return EvalLog(str(path), splits)
+    return EvalLog(str(path), splits, made_with=_texts(document.get(MADE_WITH, {}), path))
 
 
 def read_tofu_folder(folder: Path) -> EvalLog | None:
@@ -77,20 +79,36 @@ def _parse_split(document: Json, path: Path, prefix: str) -> SplitLog:
             return None
         return tuple(None if row is None else parse(row, path=path, key=f"{prefix}{key} > {i}") for i, row in columns[key].items())
 
+    named = document.get(ROWS)
     values: dict[str, Any] = {name: column(key, loss) for name, key in _LOSSES.items()}
     values |= {name: column(name, share) for name in _SHARES}
     values |= {name: column(key, count) for name, key in _COUNTS.items()}
     return SplitLog(
         keys=keys,
         wrong_nlls=column("average_perturb_loss", losses),
+        rows=None if named is None else _fingerprints(named, keys, path, prefix + ROWS),
         attacks={name: rows for name in ATTACKS if (rows := column(f"attack_{name}", number)) is not None},
         **values,
     )
 
 
+def _fingerprints(value: object, keys: tuple[str, ...], path: Path, key: str) -> tuple[str, ...]:
+    rows = _texts(by_index(value, path=path, key=key), path)
+    if tuple(rows) != keys:
+        raise InputError(f"{path}, key {key}: expected the rows of the other keys, got others. Was the log put together from two?")
+    return tuple(rows.values())
+
+
+def _texts(value: object, path: Path) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+        raise InputError(f"{path}, key {MADE_WITH} or {ROWS}: expected an object of names and words. Evaluate again to get one.")
+    return value
+
+
 def write_tofu_log(log: EvalLog, path: Path) -> None:
     """One aggregated file, as `aggregate_eval_stat.py` of TOFU reads it; .gz compresses."""
-    write_json(path, {FILES[split]: _split_json(finite_columns(split_log)) for split, split_log in log.splits.items()})
+    splits: Json = {FILES[split]: _split_json(finite_columns(split_log)) for split, split_log in log.splits.items()}
+    write_json(path, splits | ({MADE_WITH: dict(log.made_with)} if log.made_with else {}))
 
 
 def _split_json(log: SplitLog) -> Json:
@@ -116,6 +134,8 @@ def _split_json(log: SplitLog) -> Json:
     ratios = truth_ratios_of(log)
     if ratios is not None:
         document["truth_ratio"] = indexed(ratios, log.keys)
+    if log.rows is not None:
+        document[ROWS] = indexed(log.rows, log.keys)
     document.update({f"attack_{name}": indexed(column, log.keys) for name, column in log.attacks.items()})
     return document
 

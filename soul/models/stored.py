@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -52,6 +52,15 @@ class StoredWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+
+def commit_of(name: str, revision: str | None) -> str | None:
+    """The commit that a branch or tag of a hub id is at; None where neither the hub nor its cache on this machine can tell."""
+    try:
+        file = Path(hf_hub_download(name, "config.json", revision=revision))
+    except (OSError, ValueError):  # no such model, no network, no hub id: loading it says which
+        return None
+    return file.parent.name if file.parent.parent.name == "snapshots" else None
 
 
 def stored_model(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> StoredModel | None:

@@ -6,17 +6,21 @@ from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 
-from soul.config import Config, ModelConfig
+from soul.config import Config, EvaluateConfig, ModelConfig
 from soul.data.chat import ChatFormat
 from soul.data.files import read_rows
 from soul.data.store import TokenStore
 from soul.data.tokenize import check_tokenizer, tokenize_record
 from soul.device import Wanted
 from soul.dry_run import likely_device, model_shape
+from soul.evaluate.eval_log import EvalLog
+from soul.evaluate.plan import EvalPlan, foreseen
+from soul.evaluate.same_rows import check_comparable
 from soul.models.load import check_model_folder, check_weights, load_tokenizer
 from soul.orchestration.cluster import is_local
 from soul.orchestration.data import Sources
 from soul.orchestration.evaluate import plan_for
+from soul.orchestration.prepare import Prepared
 from soul.orchestration.tokens import FileSplit, Rows, token_settings
 from soul.plan import plan_run
 from soul.preflight import check_workers, here, preflight
@@ -45,11 +49,12 @@ def check_model(path: str, model: ModelConfig) -> None:
     check_tokenizer(load_tokenizer(path, revision=model.revision, trust_remote_code=model.trust_remote_code))
 
 
-def check_run(config: Config, sources: Sources, start: str) -> None:
+def check_run(config: Config, sources: Sources, start: str, given: Prepared | EvalLog | None) -> None:
     """Rows against the batch, the model's positions and the disk. Own retain rows are read where they are needed, and checked there.
 
     Raises:
-        InputError: a split has fewer rows than a step takes, a row does not fit into the model, or the disk is too small.
+        InputError: a split has fewer rows than a step takes, a row does not fit into the model, the disk is too small, or the
+            gold standard is of other rows.
     """
     settings = token_settings(config.data, config.model, start)
     shape, _, _ = model_shape(config)
@@ -62,7 +67,21 @@ def check_run(config: Config, sources: Sources, start: str) -> None:
     chat = ChatFormat(settings.chat)
     for record in forget:
         tokenize_record(record, tokenizer, chat, max_length=settings.max_length, truncate=settings.truncate, split="forget")
-    plan_for(config, sources, start, tokenizer)
+    check_standard(config, sources, plan_for(config, sources, start, tokenizer, config.model.revision), given)
+
+
+def check_standard(config: Config | EvaluateConfig, sources: Sources, plan: EvalPlan, given: Prepared | EvalLog | None) -> None:
+    """Whether what --retrained names can be compared with the evaluation in `plan`, before that is made.
+
+    Raises:
+        InputError: it is of other rows, or reads them otherwise, and nobody insists.
+    """
+    if given is None or config.model.allow_mismatch:
+        return
+    if isinstance(given, Prepared):
+        tokenizer = load_tokenizer(given.path, revision=given.revision, trust_remote_code=config.model.trust_remote_code)
+        given = foreseen(plan_for(config, sources, given.path, tokenizer, given.revision), given.path)
+    check_comparable(foreseen(plan, "this evaluation"), given)
 
 
 def needs_on_card(config: Config, stores: Mapping[str, Path]) -> tuple[Need, ...]:

@@ -22,6 +22,8 @@ from soul.evaluate.eval_log import EvalLog, finite_columns
 from soul.evaluate.evaluator import Evaluation, finish, positions
 from soul.evaluate.generate import stop_ids_of
 from soul.evaluate.plan import EvalPlan, plan_evaluation
+from soul.evaluate.rouge import TOKENIZER
+from soul.evaluate.same_rows import zlib_name
 from soul.models.load import load_tokenizer
 from soul.orchestration.data import Sources
 from soul.orchestration.examiners import Exam, examine, shares
@@ -32,6 +34,7 @@ from soul.store import place_of, pull_file
 
 _LOG = TypeAdapter(EvalLog)
 NUM_SAMPLES = 10
+METRICS_VERSION = 2  # one more whenever a metric, or what a log says, changes: older evaluations are then made again
 
 
 @dataclass(frozen=True)
@@ -51,15 +54,18 @@ class Asked:
     key: str
     folder: Path
     samples: Path | None = None
+    revision: str | None = None
 
 
-def plan_for(config: Config | EvaluateConfig, sources: Sources, model: str, tokenizer: PreTrainedTokenizerBase) -> EvalPlan:
+def plan_for(
+    config: Config | EvaluateConfig, sources: Sources, model: str, tokenizer: PreTrainedTokenizerBase, revision: str | None
+) -> EvalPlan:
     """The evaluation of a model on the rows of `sources`, cut into work items.
 
     Raises:
         InputError: a row does not fit into the model.
     """
-    options: dict[str, Any] = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": config.model.trust_remote_code}
     return plan_evaluation(
         {split: rows for split, rows in sources.evaluated.items() if rows},
         tokenizer,
@@ -83,15 +89,15 @@ class Judge:
     display: Display
     num_examiners: int = 1
 
-    def evaluate(self, name: str, model: str) -> Evaluation:
+    def evaluate(self, name: str, model: str, revision: str | None = None) -> Evaluation:
         """All metrics of one model."""
         given = self.config.model
-        tokenizer = load_tokenizer(model, revision=given.revision, trust_remote_code=given.trust_remote_code)
-        plan = plan_for(self.config, self.sources, model, tokenizer)
+        tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=given.trust_remote_code)
+        plan = plan_for(self.config, self.sources, model, tokenizer, revision)
         stage = f"evaluate {name}"
         self.display.update(stage, 0, len(plan.items))
         results = examine(
-            Exam.of(self.config, place_of(model)),
+            Exam.of(self.config, place_of(model), revision),
             plan.items,
             stage=stage,
             num_examiners=self.num_examiners,
@@ -102,10 +108,25 @@ class Judge:
 
     def kept(self, asked: Asked) -> Path:
         """Where the evaluation is kept, which may be there already."""
-        rows = {split: fingerprint(records) for split, records in self.sources.evaluated.items()}
-        form = [self.config.data.chat, self.config.data.max_length]
-        computed = [str(Exam.of(self.config, asked.model).dtype), self.config.model.revision]
-        return asked.folder / f"{digest([asked.key, rows, self.config.evaluate.model_dump(), form, computed], length=20)}.json"
+        return asked.folder / f"{digest(self.facts(asked), length=20)}.json"
+
+    def facts(self, asked: Asked) -> dict[str, object]:
+        """Everything that changes a number of the evaluation; what is not here does not."""
+        exam = Exam.of(self.config, asked.model, asked.revision)
+        return {
+            "weights": asked.key,
+            "revision": exam.revision,
+            "trust_remote_code": exam.trust_remote_code,
+            "rows": {split: fingerprint(records) for split, records in self.sources.evaluated.items()},
+            "settings": self.config.evaluate.model_dump(),
+            "chat": self.config.data.chat,
+            "max_length": self.config.data.max_length,
+            "device": exam.device,
+            "dtype": str(exam.dtype),
+            "rouge_tokenizer": TOKENIZER,
+            "zlib": zlib_name(),
+            "metrics": METRICS_VERSION,
+        }
 
     def has_judged(self, asked: Asked) -> bool:
         """Whether it need not be made again."""
@@ -118,7 +139,7 @@ class Judge:
             self.display.say(f"evaluation of {asked.name}: made before")
             return Judged(_LOG.validate_json(kept.read_bytes()), 0.0)
         started = time.perf_counter()
-        evaluation = self.evaluate(asked.name, asked.model)
+        evaluation = self.evaluate(asked.name, asked.model, asked.revision)
         if asked.samples is not None:
             self.write_samples(evaluation, asked.samples)
         finite = {split: finite_columns(log) for split, log in evaluation.log.splits.items()}

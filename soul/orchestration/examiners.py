@@ -39,11 +39,11 @@ class Exam:
     device: Device
 
     @classmethod
-    def of(cls, config: Config | EvaluateConfig, model: str) -> Exam:
+    def of(cls, config: Config | EvaluateConfig, model: str, revision: str | None) -> Exam:
         """`config` is decided."""
         decided = config if isinstance(config, EvaluateConfig) else config.engine
         assert decided.device != "auto" and decided.precision != "auto", "the driver decides device and precision before it judges"
-        return cls(model, config.model.revision, config.model.trust_remote_code, decided.precision, decided.device)
+        return cls(model, revision, config.model.trust_remote_code, decided.precision, decided.device)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -20,6 +20,12 @@ def gold_folder(run: RunDir) -> Path:
     return run.logs / RUN_LOG
 
 
+def hub_id(name: str) -> tuple[str, str | None]:
+    """`owner/name@revision` in two; --revision is the target's and says nothing about the gold standard."""
+    name, _, revision = name.partition("@")
+    return name, revision or None
+
+
 def given_standard(name: str) -> Prepared | EvalLog:
     """A model that is still to be evaluated, or a log that says everything.
 
@@ -30,10 +36,11 @@ def given_standard(name: str) -> Prepared | EvalLog:
     if path.is_file():
         return read_log(path)
     if not path.exists():
-        if name.count("/") == 1 and not name.startswith((".", "~", "/")):
-            return given_model(name)  # a hub id
+        if name.partition("@")[0].count("/") == 1 and not name.startswith((".", "~", "/")):
+            return given_model(*hub_id(name))
         raise InputError(
-            f"--retrained {name} does not exist. Expected a model folder, a run directory, a log (.json, .json.gz) or a hub id."
+            f"--retrained {name} does not exist. Expected a model folder, a run directory, a log (.json, .json.gz) "
+            "or a hub id (owner/name, or owner/name@revision)."
         )
     run = RunDir(path)
     if gold_folder(run).is_dir():

@@ -10,6 +10,7 @@ from typing import Any
 from soul.config import Config
 from soul.evaluate.eval_log import EvalLog
 from soul.evaluate.open_unlearning_log import FILE, write_open_unlearning_log
+from soul.evaluate.same_rows import differences
 from soul.evaluate.score import score
 from soul.evaluate.tofu_log import AGGREGATED, write_tofu_log
 from soul.orchestration.data import Sources
@@ -62,7 +63,7 @@ def write_outcome(
         },
         epochs=[EpochRow(**row) for row in trained.epochs],
         cost=_cost(trained, unlearned),
-        settings=_settings(config),
+        settings=_settings(config) | _compared(unlearned.log, retrained, config),
         reasons=reasons,
     )
     save_results(results, run.results)
@@ -101,7 +102,16 @@ def write_logs(log: EvalLog, folder: Path) -> None:
 
 
 def _entry(log: EvalLog, retrained: EvalLog | None, config: Config) -> ModelResults:
-    return ModelResults(**score(log, retrained=retrained, mean=config.evaluate.truth_ratio).model_entry())
+    return ModelResults(
+        **score(log, retrained=retrained, mean=config.evaluate.truth_ratio, allow_mismatch=config.model.allow_mismatch).model_entry()
+    )
+
+
+def _compared(log: EvalLog, retrained: EvalLog | None, config: Config) -> dict[str, Any]:
+    """What the metrics were made with, and what of the gold standard did not fit but was insisted on."""
+    names = {name: log.made_with[name] for name in ("rouge_tokenizer", "zlib") if name in log.made_with}
+    found = differences(log, retrained) if retrained is not None and config.model.allow_mismatch else ()
+    return {**names, **({"compared_despite": "; ".join(found)} if found else {})}
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from soul.models.load import load_tokenizer
 from soul.objectives.methods import TITLES
 from soul.orchestration.arm import unlearn
 from soul.orchestration.capacity import card_kinds, room_for
-from soul.orchestration.checks import check_local_workers, check_model, check_run
+from soul.orchestration.checks import check_local_workers, check_model, check_run, check_standard
 from soul.orchestration.claim import check_claim, check_recipe, claim, decided_run, is_done, mark_done, run_dir
 from soul.orchestration.cluster import cluster
 from soul.orchestration.data import Sources, cache_of, open_sources, trained_splits
@@ -62,11 +62,11 @@ def run(config: Config) -> Path:
     display = Display(enabled=config.progress)
     start = starting_model(config, sources.benchmark, cache_of(config))
     standard = replace(given, source=place_of(given.source)) if isinstance(given, EvalLog) else given and given.key
-    inputs = [sources.fingerprints(), sources.benchmark.fingerprints(), given_model(start).key, repr(standard)]
+    inputs = [sources.fingerprints(), sources.benchmark.fingerprints(), given_model(start, config.model.revision).key, repr(standard)]
     if all(is_done(arm, inputs) for arm in arms):
         display.say(f"done before: {', '.join(folder.place for folder in folders)}")
     else:
-        check_run(config, sources, start)
+        check_run(config, sources, start, given)
         for arm in arms:
             check_recipe(arm)
             claim(arm)
@@ -123,7 +123,7 @@ def show(results: Sequence[Results]) -> None:
 
 def _asked_of_prepared(config: Config, prepared: Mapping[str, Prepared]) -> list[Asked]:
     folder = cache_of(config) / "evaluations"
-    return [Asked(kind, model.path, model.key, folder) for kind, model in prepared.items()]
+    return [Asked(kind, model.path, model.key, folder, revision=model.revision) for kind, model in prepared.items()]
 
 
 def _asked_of_arms(arms: Sequence[Config]) -> list[Asked]:
@@ -156,17 +156,17 @@ def evaluate_folder(config: EvaluateConfig) -> Path:
     given = None if config.model.retrained is None else given_standard(config.model.retrained)
     sources = open_sources(config.data, benchmark=config.benchmark, seed=0)
     tokenizer = load_tokenizer(model, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code)
-    plan_for(config, sources, model, tokenizer)
+    check_standard(config, sources, plan_for(config, sources, model, tokenizer, config.model.revision), given)
     run = RunDir.at(config.output)
     attach(run.path, keep=True)
     run.create()
     display = Display(enabled=config.progress)
     with cluster(config.address, num_workers=config.num_workers, device=config.device, verbose=config.verbose) as device, display.live():
         judge = Judge(config.decided(device), sources, display, num_examiners=config.num_workers)
-        judged = judge.evaluate("the model", model)
+        judged = judge.evaluate("the model", model, config.model.revision)
         if config.samples:
             judge.write_samples(judged, run.path / "samples.jsonl")
-        retrained = judge.evaluate("the retrained model", given.path).log if isinstance(given, Prepared) else given
+        retrained = judge.evaluate("the retrained model", given.path, given.revision).log if isinstance(given, Prepared) else given
     write_logs(judged.log, run.logs)
     write_json(
         run.path / "evaluation.json",
@@ -176,7 +176,7 @@ def evaluate_folder(config: EvaluateConfig) -> Path:
             "forget": config.data.forget,
             "data": sources.fingerprints(),
             "versions": versions(),
-            **score_log(judged.log, retrained, mean=config.evaluate.truth_ratio),
+            **score_log(judged.log, retrained, mean=config.evaluate.truth_ratio, allow_mismatch=config.model.allow_mismatch),
         },
     )
     return run.path
@@ -191,7 +191,7 @@ def _stores(config: Config, sources: Sources, start: str) -> dict[str, Path]:
 def _prepare(config: Config, start: str, stores: Mapping[str, Path], display: Display) -> dict[str, Prepared]:
     """Target and, where there is one as a model, retrained."""
     if not config.makes_target:
-        return {"target": given_model(start)}
+        return {"target": given_model(start, config.model.revision)}
     kinds = ("target", "retrained") if config.makes_retrained else ("target",)
     make = partial(prepared_model, config, start=start, stores=stores, cache=cache_of(config), display=display)
     made = run_together(

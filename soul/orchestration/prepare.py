@@ -15,6 +15,7 @@ from soul.config import Config, prepare_key
 from soul.data.sources import Benchmark
 from soul.data.store import TokenStore
 from soul.models.load import check_model_folder, save_model
+from soul.models.stored import commit_of
 from soul.models.tiny import KEPT_SPLITS, WORLD_SETS, kept_texts, tiny_model, tiny_tokenizer
 from soul.objectives.methods import Finetune
 from soul.orchestration.progress import Display
@@ -27,25 +28,30 @@ from soul.train.job import TrainJob
 
 Kind = Literal["target", "retrained"]
 WEIGHTS = ".safetensors"  # what only processes that compute with a model need of it
+STAMPED = (WEIGHTS, ".bin", ".json", ".jinja", ".model", ".txt", ".py")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model folder or hub id, and a key that names its weights."""
+    """A model folder or hub id, and a key that names its weights. `revision`: the hub's commit, where it is known."""
 
     path: str
     key: str
+    revision: str | None = None
 
 
-def given_model(path: str) -> Prepared:
-    """A model that was made elsewhere; new weights under an old name are another model. A hub id names its weights."""
+def given_model(path: str, revision: str | None = None) -> Prepared:
+    """A model that was made elsewhere; new weights under an old name are another model. A branch of a hub id is named by its commit."""
     folder = Path(path)
-    return Prepared(path, f"{place_of(folder.resolve())} {weights_stamp(folder)}" if folder.is_dir() else path)
+    if folder.is_dir():
+        return Prepared(path, f"{place_of(folder.resolve())} {weights_stamp(folder)}")
+    found = commit_of(path, revision) or revision
+    return Prepared(path, path if found is None else f"{path}@{found}", found)
 
 
 def weights_stamp(folder: Path) -> str:
-    """Names the weights in a folder, wherever it lies, without reading them."""
-    files = sorted(folder.glob("*.safetensors"))
+    """Names weights, tokenizer and settings in a folder, wherever it lies, without reading them."""
+    files = sorted(item for ending in STAMPED for item in folder.glob(f"*{ending}"))
     return str([(item.name, item.stat().st_size, item.stat().st_mtime_ns) for item in files])
 
 

@@ -82,8 +82,7 @@ def _check_inputs(config: Config, unseen: Unseen) -> list[str]:
     }
     if model is not None and not hidden["model"]:
         check_model(local(model), config.model)
-    if standard is not None and not hidden["gold standard"]:
-        given_standard(standard)
+    given_gold = given_standard(standard) if standard is not None and not hidden["gold standard"] else None
     left_out = [line for lines in hidden.values() for line in lines]
     if hidden["rows"]:
         return left_out
@@ -91,5 +90,5 @@ def _check_inputs(config: Config, unseen: Unseen) -> list[str]:
     if hidden["model"]:
         return left_out
     with tempfile.TemporaryDirectory(prefix="soul-check-") as folder:  # a tiny model is made to be looked at, and not kept
-        check_run(config, sources, starting_model(config, sources.benchmark, Path(folder)))
+        check_run(config, sources, starting_model(config, sources.benchmark, Path(folder)), given_gold)
     return left_out

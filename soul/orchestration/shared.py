@@ -33,7 +33,12 @@ class Shared:
     stores: dict[str, Path]
 
     def inputs(self, config: Config) -> list[object]:
-        return [self.sources.fingerprints(), self.sources.benchmark.fingerprints(), given_model(self.start).key, repr(standard(config))]
+        return [
+            self.sources.fingerprints(),
+            self.sources.benchmark.fingerprints(),
+            given_model(self.start, config.model.revision).key,
+            repr(standard(config)),
+        ]
 
 
 def standard(config: Config) -> Prepared | EvalLog | None:
@@ -66,7 +71,7 @@ def model_of(config: Config, kind: Literal["target", "retrained"], shared: Share
 
 
 def target_of(config: Config, shared: Shared, display: Display) -> Prepared:
-    return model_of(config, "target", shared, display) if config.makes_target else given_model(shared.start)
+    return model_of(config, "target", shared, display) if config.makes_target else given_model(shared.start, config.model.revision)
 
 
 def retrained_of(config: Config, shared: Shared, display: Display) -> Prepared | EvalLog | None:
@@ -85,7 +90,10 @@ def _asked(config: Config, shared: Shared, display: Display) -> list[tuple[Judge
     judge = Judge(config, shared.sources, display, num_examiners=config.engine.num_workers)
     target, retrained = target_of(config, shared, display), retrained_of(config, shared, display)
     models = {"target": target} | ({"retrained": retrained} if isinstance(retrained, Prepared) else {})
-    return [(judge, Asked(kind, model.path, model.key, cache_of(config) / "evaluations")) for kind, model in models.items()]
+    return [
+        (judge, Asked(kind, model.path, model.key, cache_of(config) / "evaluations", revision=model.revision))
+        for kind, model in models.items()
+    ]
 
 
 def make_shared(configs: Sequence[Config], display: Display, *, trainings: int, room: int) -> list[Shared]:

@@ -187,8 +187,8 @@ def judge_here(config: Config, sources: Sources, model: str, name: str, samples:
     """As `Judge.judge`, in this process: the plan's batches are fixed, so the values are the same bit for bit."""
     started = time.perf_counter()
     tokenizer = load_tokenizer(model, revision=None, trust_remote_code=config.model.trust_remote_code)
-    plan = plan_for(config, sources, model, tokenizer)
-    loaded, device = Exam.of(config, model).load()
+    plan = plan_for(config, sources, model, tokenizer, None)
+    loaded, device = Exam.of(config, model, None).load()
     evaluation = finish(
         plan, [run_item(loaded, item, device=device) for item in plan.items], tokenizer, device=torch.device("cpu"), source=name
     )
