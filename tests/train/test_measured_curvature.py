@@ -15,7 +15,7 @@ import soul.train.curvature
 from soul.batch import Batch, collate
 from soul.objectives.methods import NPO, GradDiff
 from soul.objectives.terms import Term, nll
-from soul.optim.configs import SophiaConfig
+from soul.optim.configs import OneShotConfig, SophiaConfig
 from soul.records import TokenRow
 from soul.train.curvature import fold_gauss_newton
 from soul.train.engine import Engine, EngineConfig
@@ -164,6 +164,22 @@ def test_curvature_that_is_not_finite_never_reaches_the_weights(last: bool, monk
     with pytest.raises(NonFiniteCurvature, match=r"the curvature is not finite at step 3; .*Lower --learning-rate") as caught:
         go(run, GradDiff(), SOPHIA, config, stop=stop)
     assert caught.value.step == 3 and run.progress.step == 3
+    assert_bit_equal(run.engine.model.state_dict(), before)
+
+
+@pytest.mark.parametrize("poisoned", [0, 3])
+def test_nor_the_only_step_of_influence(poisoned: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = OneShotConfig()
+    run = new_run(optimizer, max_grad_norm=None)
+    before = {name: value.clone() for name, value in run.engine.model.state_dict().items()}
+    real = soul.train.curvature.sampled_loss
+
+    def loss(*args: object, **names: object) -> Tensor:
+        return real(*args, **names) * (math.nan if names["update"] == poisoned else 1.0)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(soul.train.curvature, "sampled_loss", loss)
+    with pytest.raises(NonFiniteCurvature, match=f"step {poisoned}"):
+        go(run, GradDiff(), optimizer, TRAIN.model_copy(update={"max_steps": 4}), stop=4)
     assert_bit_equal(run.engine.model.state_dict(), before)
 
 
