@@ -10,6 +10,7 @@ from typing import Any
 from soul.config import Config
 from soul.evaluate.eval_log import EvalLog
 from soul.evaluate.open_unlearning_log import FILE, write_open_unlearning_log
+from soul.evaluate.removal import removal_tests
 from soul.evaluate.score import score
 from soul.evaluate.tofu_log import AGGREGATED, write_tofu_log
 from soul.orchestration.data import Sources
@@ -101,7 +102,9 @@ def write_logs(log: EvalLog, folder: Path) -> None:
 
 
 def _entry(log: EvalLog, retrained: EvalLog | None, config: Config) -> ModelResults:
-    return ModelResults(**score(log, retrained=retrained, mean=config.evaluate.truth_ratio).model_entry())
+    mean = config.evaluate.truth_ratio
+    tests = None if log is retrained else removal_tests(log, retrained, mean)
+    return ModelResults(**score(log, retrained=retrained, mean=mean).model_entry(), tests=tests)
 
 
 def _settings(config: Config) -> dict[str, Any]:

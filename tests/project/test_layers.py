@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # A part imports parts of lower layers, and itself. The files of layer 0 stand in import order.
 LAYERS = (
     ("records",),
-    ("device",),
+    ("device", "statistics"),
     ("batch",),
     ("object_store",),
     ("store",),
