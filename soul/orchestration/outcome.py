@@ -104,7 +104,7 @@ def write_logs(log: EvalLog, folder: Path) -> None:
 def _entry(log: EvalLog, retrained: EvalLog | None, config: Config) -> ModelResults:
     mean = config.evaluate.truth_ratio
     tests = None if log is retrained else removal_tests(log, retrained, mean)
-    return ModelResults(**score(log, retrained=retrained, mean=mean).model_entry(), tests=tests)
+    return ModelResults.model_validate({**score(log, retrained=retrained, mean=mean).model_entry(), "tests": tests})
 
 
 def _settings(config: Config) -> dict[str, Any]:

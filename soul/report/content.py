@@ -8,7 +8,7 @@ from typing import Final
 
 from soul.report.comparison import Comparison, comparison, distinct_models, run_labels
 from soul.report.figures import Figure, outcome_figures, telemetry_figures
-from soul.report.grid_type import Grid
+from soul.report.grid_type import Grid as Grid
 from soul.report.numbers import DASH, compact, duration, fixed, memory
 from soul.report.results import ModelResults, Results
 from soul.report.runs import Run

@@ -37,7 +37,9 @@ class Damage:
 
 
 def damage(target: ModelResults | None, unlearned: ModelResults) -> Damage:
-    lost, unknown, absent = [], [], []
+    lost: list[str] = []
+    unknown: list[str] = []
+    absent: list[str] = []
     for title, path, present, needed in _paths(target, unlearned):
         before, after = target.value(path) if target else None, unlearned.value(path)
         if not present:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from soul.report.numbers import fixed, p_phrase
 from soul.report.results import ModelResults, RemovalTest
@@ -57,7 +57,8 @@ def evidence(unlearned: ModelResults, retrained: ModelResults | None) -> Evidenc
         state = _state(test)
         found[state].append(_lead(state, name, test) + attack_phrase(name, test, len(ran), retrained is not None))
         rows += [min(test.num_rows or 0, test.num_others or 0)] if state == "untestable" else []
-    return Evidence(*(tuple(found[kind]) for kind in ("failed", "passed", "untestable", "missing")), min(rows, default=None))
+    phrases: dict[str, Any] = {kind: tuple(told) for kind, told in found.items()}
+    return Evidence(**phrases, rows=min(rows, default=None))
 
 
 def _attacks(tests: dict[str, RemovalTest]) -> dict[str, RemovalTest]:
@@ -65,7 +66,7 @@ def _attacks(tests: dict[str, RemovalTest]) -> dict[str, RemovalTest]:
 
 
 def _clearest(tests: dict[str, RemovalTest]) -> tuple[str, RemovalTest]:
-    """The attack that decides: one that can say nothing only where all can say nothing, then the smallest p-value, the largest difference."""
+    """The attack that decides: one that can say nothing only where all can, then the smallest p, the largest gap."""
 
     def order(item: tuple[str, RemovalTest]) -> tuple[bool, float, float]:
         test = item[1]

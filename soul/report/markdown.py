@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from soul.report.content import Grid, Report
+from soul.report.content import Report
 from soul.report.figures import Figure
+from soul.report.grid_type import Grid
 from soul.report.results import Results
 from soul.report.table import markdown_row, markdown_table, markdown_text
 from soul.report.tests_table import TESTS_MEANING

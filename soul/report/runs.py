@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from soul.records import InputError
 from soul.evaluate.logs import read_log
 from soul.evaluate.removal import removal_tests
 from soul.evaluate.tofu_log import AGGREGATED
+from soul.records import InputError
 from soul.report.results import RemovalTest, Results, load_results
 from soul.report.steps import Steps, load_steps
 from soul.rundir import RunDir

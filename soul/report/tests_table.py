@@ -15,9 +15,9 @@ CAPTION: Final = "Removal tests: can the model be told from one that never saw t
 TESTS_MEANING: Final = (
     "Each test asks whether the model can be told from one that never saw the forget rows; p at or below 0.05 says it can. The smallest "
     "effect seen is what the test would have found in four of five such runs: anything smaller may be there unnoticed. A test that cannot "
-    "reach 0.05 with so few rows is not testable, which is no pass. Forget quality compares truth ratios (the interval of their KS distance "
-    "holds at least 95 %). An attack's AUC is compared with the retrained model's on the same rows, or with 0.5 where there is none, and "
-    "its p counts that several attacks were tried."
+    "reach 0.05 with so few rows is not testable, which is no pass. Forget quality compares truth ratios (the interval of their KS "
+    "distance holds at least 95 %). An attack's AUC is compared with the retrained model's on the same rows, "
+    "or with 0.5 where there is none, and its p counts that several attacks were tried."
 )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Final
 
 import numpy as np
@@ -143,8 +144,6 @@ def _shuffled_means(ranks: Array, m: int, n: int) -> Array:
     """Mean rank of the others under every division of the rows, or under drawn ones and the real one."""
     rows = m + n
     if math.comb(rows, m) <= _ALL:
-        from itertools import combinations
-
         chosen = np.array(list(combinations(range(rows), n)))
         return np.asarray(ranks[chosen].mean(axis=1))
     rng = np.random.default_rng(_SEED)

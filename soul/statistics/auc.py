@@ -29,7 +29,7 @@ class Area:
 
 @dataclass(frozen=True, slots=True)
 class AreaDifference:
-    """`area - reference` of two models on the same rows, with the 95 % interval of the difference; NaN errors do not occur, 0 may."""
+    """`area - reference` of two models on the same rows, with its 95 % interval; the standard error is 0 where it tells nothing."""
 
     area: float
     reference: float

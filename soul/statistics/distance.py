@@ -1,4 +1,4 @@
-"""The two-sample Kolmogorov-Smirnov test with what it could have seen: smallest p, interval of the distance, distance found with 80 % power."""
+"""The two-sample Kolmogorov-Smirnov test, and what it could have seen: smallest p, interval, distance found with 80 % power."""
 
 from __future__ import annotations
 
