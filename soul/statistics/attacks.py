@@ -23,6 +23,7 @@ LEVEL: Final = 0.05
 POWER_Z: Final = float(stats.norm.ppf(0.8))
 _DRAWS: Final = 4999
 _ALL: Final = 8192  # up to here every rearrangement is looked at
+_MANY: Final = 30  # from here on a perfect separation is beyond every rearrangement that is drawn
 _SEED: Final = 20
 _CHUNK: Final = 1_000_000
 _TINY: Final = 1e-9
@@ -54,9 +55,7 @@ def against_model(members: Array, others: Array, reference_members: Array, refer
     Ranks within each model are swapped between the models, row by row (after Venkatraman and Begg, Biometrika 1996), all attacks of a row
     together. Ranks, because a model that is surer of everything is no better an attack's victim.
     """
-    gaps = _ranks(members, others) - _ranks(reference_members, reference_others)
-    weights = _weights(len(members), len(others))
-    observed, maxima, spreads = _swapped(gaps, weights)
+    observed, maxima, spreads = _compared(members, others, reference_members, reference_others)
     adjusted = _adjusted(observed, maxima)
     critical = float(np.quantile(maxima, 1 - LEVEL, method="higher")) if maxima.any() else float(stats.norm.ppf(1 - LEVEL / 2))
     found = []
@@ -74,11 +73,22 @@ def against_model(members: Array, others: Array, reference_members: Array, refer
                 difference_low=pair.low,
                 difference_high=pair.high,
                 p_value=adjusted[k],
-                smallest_p=_smallest_against(reference_members[:, [k]], reference_others[:, [k]]),
+                smallest_p=1.0 if _tied(members[:, k], others[:, k]) else _smallest(reference_members[:, [k]], reference_others[:, [k]]),
                 detectable=_reachable(critical * max(spreads[k], error) + POWER_Z * error, pair.reference),
             )
         )
     return found
+
+
+def paired_p_values(members: Array, others: Array, reference_members: Array, reference_others: Array) -> list[float]:
+    """The adjusted p-values of `against_model` alone."""
+    observed, maxima, _ = _compared(members, others, reference_members, reference_others)
+    return _adjusted(observed, maxima)
+
+
+def _compared(members: Array, others: Array, reference_members: Array, reference_others: Array) -> tuple[Array, Array, Array]:
+    gaps = _ranks(members, others) - _ranks(reference_members, reference_others)
+    return _swapped(gaps, _weights(len(members), len(others)))
 
 
 def against_guessing(members: Array, others: Array) -> list[AttackTest]:
@@ -159,10 +169,17 @@ def _adjusted(observed: Array, maxima: Array) -> list[float]:
     return [float((maxima >= value - _TINY).mean()) for value in observed]
 
 
-def _smallest_against(members: Array, others: Array) -> float:
+def _tied(members: Array, others: Array) -> bool:
+    """Whether every row has the same score, which tells nothing about any of them."""
+    return bool(np.ptp(np.concatenate([members, others])) == 0)
+
+
+def _smallest(members: Array, others: Array) -> float:
     """The p-value of a model whose rows are separated perfectly, one way or the other, beside this reference."""
-    if np.ptp(np.concatenate([members, others])) == 0:
+    if _tied(members, others):
         return 1.0
+    if min(len(members), len(others)) >= _MANY:
+        return 1 / (_DRAWS + 1)
     m, rows = len(members), len(members) + len(others)
     reference = _ranks(members, others)
     order = np.arange(rows, dtype=np.float64)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from removal_numbers import removal_tests
 
 from soul.report.results import Results
+from tests.removal_numbers import removal_tests
 
 Document = dict[str, Any]
 DocumentFactory = Callable[..., Document]

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from removal_numbers import removal_tests
 
 from soul.report.numbers import compact, duration, log10_p, memory, p_phrase, percent
 from soul.report.results import Results
 from soul.report.verdict import headline, twin_sentence, verdict
+from tests.removal_numbers import removal_tests
 
 Make = Callable[..., Results]
 
