@@ -87,8 +87,7 @@ def paired_p_values(members: Array, others: Array, reference_members: Array, ref
 
 
 def _compared(members: Array, others: Array, reference_members: Array, reference_others: Array) -> tuple[Array, Array, Array]:
-    gaps = _ranks(members, others) - _ranks(reference_members, reference_others)
-    return _swapped(gaps, _weights(len(members), len(others)))
+    return _swapped(_parts(_ranks(members, others), _ranks(reference_members, reference_others), len(members)))
 
 
 def against_guessing(members: Array, others: Array) -> list[AttackTest]:
@@ -129,14 +128,25 @@ def _ranks(members: Array, others: Array) -> Array:
     return np.asarray(stats.rankdata(np.concatenate([members, others]), axis=0), dtype=np.float64)
 
 
-def _weights(m: int, n: int) -> Array:
-    """Weights that turn differences of ranks into a difference of AUCs: (mean over others - mean over members) / rows."""
-    return np.concatenate([np.full(m, -1 / m), np.full(n, 1 / n)]) / (m + n)
+def _parts(first: Array, second: Array, m: int) -> Array:
+    """What each row's swap does: with signs s (-1: swapped), the difference of the AUCs is the sum of s times these, for every attack.
+
+    A pair of rows counts by the sign of its difference of ranks. Over the four ways to take a pair's rows from the two models, the
+    difference of the two AUCs is linear in the two signs, so no rearrangement has to be ranked again.
+    """
+    pairs = 4.0 * m * (len(first) - m)
+    found = np.empty_like(first)
+    for k in range(first.shape[1]):
+        a, b = first[:, k], second[:, k]
+        straight = np.sign(a[m:] - a[:m, None]) - np.sign(b[m:] - b[:m, None])
+        crossed = np.sign(b[m:] - a[:m, None]) - np.sign(a[m:] - b[:m, None])
+        found[:m, k] = (straight + crossed).sum(axis=1) / pairs
+        found[m:, k] = (straight - crossed).sum(axis=0) / pairs
+    return found
 
 
-def _swapped(gaps: Array, weights: Array) -> tuple[Array, Array, Array]:
+def _swapped(parts: Array) -> tuple[Array, Array, Array]:
     """Standardised differences, the largest of them in every rearrangement, and what they were divided by."""
-    parts = gaps * weights[:, None]
     spread = np.sqrt((parts**2).sum(axis=0))
     rows = len(parts)
     if 2**rows <= _ALL:
@@ -188,7 +198,7 @@ def _smallest(members: Array, others: Array) -> float:
     found = []
     for shift in (0, rows):
         extreme = _ranks(order[:m, None] + shift, order[m:, None])
-        observed, maxima, _ = _swapped(extreme - reference, _weights(m, rows - m))
+        observed, maxima, _ = _swapped(_parts(extreme, reference, m))
         found += _adjusted(observed, maxima)
     return min(found)
 

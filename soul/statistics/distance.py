@@ -15,7 +15,7 @@ from scipy import stats
 LEVEL: Final = 0.05
 POWER: Final = 0.8
 _EXACT_ROWS: Final = 10_000
-_SIMULATED_ROWS: Final = 400  # beyond, the detectable distance shrinks with the square root of the rows
+_SIMULATED_ROWS: Final = 200  # beyond, the detectable distance shrinks with the square root of the rows
 _DRAWS: Final = 400
 _STEPS: Final = 9
 

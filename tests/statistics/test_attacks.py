@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy import stats
 
 from perf.told_apart import scores, told_apart
+from soul.evaluate.privacy import auc
 from soul.statistics.attacks import against_guessing, against_model, paired_p_values
 
 Array = NDArray[np.float64]
@@ -23,7 +26,7 @@ def halves(seed: int, m: int, n: int, shift: float = 0.0) -> tuple[Array, Array,
 
 @pytest.mark.parametrize(("m", "n"), [(20, 20), (40, 15)])
 def test_two_never_trained_models_are_told_apart_in_one_of_twenty_draws(m: int, n: int) -> None:
-    tested, _ = told_apart(m, n, 0.5, 200)
+    tested, _ = told_apart(m, n, 0.5, 150)
     assert 0.005 <= tested <= 0.1
     assert m != n or told_apart(m, n, 1.5, 50)[1] > 0.25, "a margin on the worst attack tells them apart"
 
@@ -61,6 +64,23 @@ def test_what_is_called_detectable_is_detected() -> None:
 def against_area(seed: int, shift: float) -> float:
     one, two, three, four = (half[:, 0] for half in halves(seed, 60, 60, shift))
     return float((two[None] > one[:, None]).mean() - (four[None] > three[:, None]).mean())
+
+
+@pytest.mark.parametrize(("m", "n"), [(4, 3), (1, 5), (5, 2)])
+def test_every_swap_by_brute_force(m: int, n: int) -> None:
+    one, two, three, four = (half[:, 0] for half in halves(7, m, n))
+    first, second = stats.rankdata(np.concatenate([one, two])), stats.rankdata(np.concatenate([three, four]))
+    gaps = []
+    for swaps in product([True, False], repeat=m + n):
+        a, b = np.where(swaps, second, first), np.where(swaps, first, second)
+        gaps.append(abs(auc(a[:m], a[m:]) - auc(b[:m], b[m:])))
+    observed = gaps[-1]
+    expected = np.mean(np.array(gaps) >= observed - 1e-9)
+    assert paired_p_values(one[:, None], two[:, None], three[:, None], four[:, None]) == pytest.approx([expected])
+
+
+def test_one_forget_row_does_not_tell_models_apart() -> None:
+    assert told_apart(1, 50, 0.5, 60)[0] == 0
 
 
 def test_few_rows_and_tied_scores_are_not_testable() -> None:

@@ -42,4 +42,4 @@ def test_what_is_called_detectable_is_found_in_four_of_five_draws() -> None:
 def test_three_rows_can_say_nothing_and_many_say_more() -> None:
     three = compare_distributions([1.0, 2.0, 3.0], [11.0, 12.0, 13.0])
     assert (three.p_value, three.smallest_p) == (pytest.approx(0.1), pytest.approx(0.1)) and three.detectable == math.inf
-    assert three.low < 1 and detectable_distance(20, 20) > detectable_distance(100, 100) > detectable_distance(1600, 1600) > 0
+    assert three.low < 1 and detectable_distance(20, 20) > detectable_distance(60, 60) > detectable_distance(1600, 1600) > 0
