@@ -10,6 +10,7 @@ from typing import Any
 from soul.config import Config
 from soul.evaluate.eval_log import EvalLog
 from soul.evaluate.open_unlearning_log import FILE, write_open_unlearning_log
+from soul.evaluate.removal import removal_tests
 from soul.evaluate.same_rows import differences
 from soul.evaluate.score import score
 from soul.evaluate.tofu_log import AGGREGATED, write_tofu_log
@@ -102,9 +103,10 @@ def write_logs(log: EvalLog, folder: Path) -> None:
 
 
 def _entry(log: EvalLog, retrained: EvalLog | None, config: Config) -> ModelResults:
-    return ModelResults(
-        **score(log, retrained=retrained, mean=config.evaluate.truth_ratio, allow_mismatch=config.model.allow_mismatch).model_entry()
-    )
+    mean, insists = config.evaluate.truth_ratio, config.model.allow_mismatch
+    tests = None if log is retrained else removal_tests(log, retrained, mean, allow_mismatch=insists)
+    scores = score(log, retrained=retrained, mean=mean, allow_mismatch=insists)
+    return ModelResults.model_validate({**scores.model_entry(), "tests": tests})
 
 
 def _compared(log: EvalLog, retrained: EvalLog | None, config: Config) -> dict[str, Any]:

@@ -8,9 +8,11 @@ from typing import Final
 
 from soul.report.comparison import Comparison, comparison, distinct_models, run_labels
 from soul.report.figures import Figure, outcome_figures, telemetry_figures
+from soul.report.grid_type import Grid as Grid
 from soul.report.numbers import DASH, compact, duration, fixed, memory
 from soul.report.results import ModelResults, Results
 from soul.report.runs import Run
+from soul.report.tests_table import tests_grid
 from soul.report.verdict import Verdict, headline, twin_sentence, twins, verdict
 from soul.report.words import ARROWS, ATTACKS, COSTS, METRICS, OVERALL, SPLITS
 
@@ -21,16 +23,6 @@ SHOW_COST: Final[dict[str, Callable[[float], str]]] = {
     "peak_memory_bytes": memory,
     "optimizer_state_bytes_per_rank": memory,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """A table whose first column names its rows. `marked` rows are those in which the runs differ."""
-
-    caption: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    marked: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +50,7 @@ class Report:
     comparison: Comparison
     figures: tuple[Figure, ...]
     attacks: Grid | None
+    tests: Grid | None
     telemetry: tuple[Figure, ...]
     details: Grid
     cost: Grid
@@ -86,6 +79,7 @@ def compose(runs: Sequence[Run]) -> Report:
         comparison=comparison(results),
         figures=tuple(outcome_figures(results)),
         attacks=_attacks(results),
+        tests=tests_grid(labels, results),
         telemetry=tuple(telemetry_figures(results, [run.steps for run in runs])),
         details=_details(results),
         cost=_cost(labels, results),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from soul.report.content import Grid, Report
+from soul.report.content import Report
 from soul.report.figures import Figure
+from soul.report.grid_type import Grid
 from soul.report.results import Results
 from soul.report.table import markdown_row, markdown_table, markdown_text
+from soul.report.tests_table import TESTS_MEANING
 from soul.report.words import ATTACKS, AUC_MEANING, METRICS, OVERALL
 
 
@@ -20,6 +22,7 @@ def markdown_report(report: Report, runs: Sequence[Results], figures: str) -> st
     parts += [markdown_text(report.twin)] if report.twin else []
     parts += ["## Before and after", markdown_table(runs).rstrip()]
     parts += _figures("Forgetting and keeping", report.figures, figures)
+    parts += ["## Removal tests", TESTS_MEANING, _grid(report.tests)] if report.tests else []
     parts += ["## Membership attacks", AUC_MEANING]
     parts += [_grid(report.attacks) if report.attacks else "None was run; the reasons are under missing values."]
     parts += _figures("What the optimizer did", report.telemetry, figures)

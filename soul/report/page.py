@@ -13,6 +13,7 @@ from markupsafe import Markup
 from soul.report.content import Report
 from soul.report.figures import Figure
 from soul.report.svg import RUNS, THEME, inline
+from soul.report.tests_table import TESTS_MEANING
 from soul.report.words import ARROW_KEY, ARROW_WORDS, ARROWS, ATTACKS, AUC_MEANING, METRICS, OVERALL
 
 FOLDER: Final = Path(__file__).parent
@@ -34,6 +35,7 @@ def html_page(report: Report) -> str:
         arrow_key=ARROW_KEY,
         arrows=ARROWS,
         arrow_words=ARROW_WORDS,
+        tests_meaning=TESTS_MEANING,
         auc_meaning=AUC_MEANING,
         best_means=report.comparison.best_means,
         num_colours=len(RUNS),

@@ -15,6 +15,7 @@ from soul.rundir import write_atomically
 
 ModelName = Literal["target", "unlearned", "retrained"]
 MODELS: Final[tuple[ModelName, ...]] = ("target", "unlearned", "retrained")
+SIGNIFICANT: Final = 0.05  # the level of every removal test
 ROUNDING: Final = 1e-6  # a mean of float32 probabilities may leave [0, 1] by this much
 
 
@@ -39,6 +40,7 @@ def _within_range(metrics: dict[str, float | None]) -> dict[str, float | None]:
 
 Share = Annotated[float, Field(ge=-ROUNDING, le=1 + ROUNDING, allow_inf_nan=False)]
 Amount = Annotated[float, Field(ge=-ROUNDING, allow_inf_nan=False)]
+Difference = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
 Reason = Annotated[str, StringConstraints(min_length=3, max_length=400, strip_whitespace=True)]
 Metrics = Annotated[dict[Annotated[str, AfterValidator(_known_metric)], Amount | None], AfterValidator(_within_range)]
 Attacks = dict[Annotated[str, AfterValidator(_known_attack)], Share | None]
@@ -48,10 +50,51 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, protected_namespaces=())
 
 
+class RemovalTest(_Section):
+    """What a removal test found and what it could have found; a `reason` and no numbers where it was not run.
+
+    `value` is the KS distance or the attack's AUC, `low` to `high` its 95 % interval. An attack has a `reference` (the retrained model's
+    AUC on the same rows, or 0.5) and the `difference` from it with its own interval, and its `p_value` is adjusted for all attacks.
+    `smallest_p` is the least that so many rows can give; `detectable` the smallest distance or difference found with 80 % power (null:
+    none within reach).
+    """
+
+    num_rows: Annotated[int, Field(ge=1)] | None = None
+    num_others: Annotated[int, Field(ge=1)] | None = None
+    value: Share | None = None
+    low: Share | None = None
+    high: Share | None = None
+    reference: Share | None = None
+    difference: Difference | None = None
+    difference_low: Difference | None = None
+    difference_high: Difference | None = None
+    p_value: Share | None = None
+    smallest_p: Share | None = None
+    detectable: Share | None = None
+    reason: Reason | None = None
+
+    @model_validator(mode="after")
+    def _numbers_or_reason(self) -> RemovalTest:
+        needed = (self.num_rows, self.num_others, self.value, self.low, self.high, self.p_value, self.smallest_p)
+        if (self.reason is None) == any(number is None for number in needed):
+            raise ValueError("a removal test has either all of its numbers or a reason")
+        return self
+
+    @property
+    def testable(self) -> bool:
+        """Whether so many rows can give a p-value at the level at all."""
+        return self.smallest_p is not None and self.smallest_p <= SIGNIFICANT
+
+    @property
+    def rejected(self) -> bool:
+        return self.testable and self.p_value is not None and self.p_value <= SIGNIFICANT
+
+
 class ModelResults(_Section):
     """One model's metrics. A split that was not evaluated is null as a whole.
 
-    The keys of `reasons` are paths inside this object, such as "forget.truth_ratio", "real_authors" or "mia_auc.zlib".
+    The keys of `reasons` are paths inside this object, such as "forget.truth_ratio", "real_authors" or "mia_auc.zlib". `tests` has the keys
+    "forget_quality" and "mia_auc.<attack>"; it is null for the retrained model, and in files that are older than it.
     """
 
     forget: Metrics | None
@@ -62,11 +105,12 @@ class ModelResults(_Section):
     forget_quality_ks: Share | None
     model_utility: Share | None
     mia_auc: Attacks | None
+    tests: dict[str, RemovalTest] | None = None
     reasons: dict[str, Reason] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _nulls_are_explained(self) -> ModelResults:
-        _check_reasons(self.model_dump(exclude={"reasons"}), self.reasons)
+        _check_reasons(self.model_dump(exclude={"reasons", "tests"}), self.reasons)
         return self
 
     def value(self, path: str) -> float | None:

@@ -9,8 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from soul.evaluate.logs import read_log
+from soul.evaluate.removal import removal_tests
+from soul.evaluate.tofu_log import AGGREGATED
 from soul.records import InputError
-from soul.report.results import Results, load_results
+from soul.report.results import RemovalTest, Results, load_results
 from soul.report.steps import Steps, load_steps
 from soul.rundir import RunDir
 
@@ -57,13 +60,30 @@ def load_run(folder: Path) -> Run:
         raise InputError(
             f"expected a run directory, got {folder}, which is {'a file' if folder.exists() else 'not there'}. Check the path."
         )
+    config = _optional_object(files.config)
     return Run(
         place=folder.name if folder.is_absolute() else folder.as_posix(),
-        results=load_results(files.results),
+        results=_with_tests(load_results(files.results), files, config),
         steps=load_steps(files.metrics),
-        config=_optional_object(files.config),
+        config=config,
         manifest=_optional_object(files.manifest),
     )
+
+
+def _with_tests(results: Results, files: RunDir, config: Mapping[str, Any]) -> Results:
+    """The results with the unlearned model's removal tests, from the rows in logs/ where the file is older than these."""
+    unlearned = results.models["unlearned"]
+    if unlearned is None or unlearned.tests is not None or not (files.logs / AGGREGATED).is_file():
+        return results
+    gold = files.logs / "retrained" / AGGREGATED
+    retrained = read_log(gold) if gold.is_file() else None
+    if retrained is None and results.models["retrained"] is not None:
+        return results  # tests against guessing would be other tests than the run's
+    settings = config.get("evaluate")
+    mean = settings.get("truth_ratio") if isinstance(settings, dict) else None
+    found = removal_tests(read_log(files.logs / AGGREGATED), retrained, "arithmetic" if mean == "arithmetic" else "geometric")
+    tests = {name: RemovalTest.model_validate(entry) for name, entry in found.items()}
+    return results.model_copy(update={"models": {**results.models, "unlearned": unlearned.model_copy(update={"tests": tests})}})
 
 
 def _optional_object(path: Path) -> dict[str, Any]:

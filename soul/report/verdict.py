@@ -6,56 +6,64 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from soul.report.numbers import fixed, p_phrase, percent
+from soul.report.damage import Damage, damage
+from soul.report.evidence import Evidence, evidence
+from soul.report.numbers import percent
 from soul.report.results import ModelResults, Results
-from soul.report.words import ATTACKS, ORDERS
+from soul.report.words import ORDERS
 
-Outcome = Literal["passed", "suppressed", "partial", "kept", "unknown"]
+Outcome = Literal["passed", "suppressed", "partial", "kept", "damaged", "untestable", "unknown"]
 BADGES: Final[dict[Outcome, str]] = {
     "passed": "passed every test here",
     "suppressed": "suppressed, not shown to be removed",
     "partial": "partly forgotten",
     "kept": "not forgotten",
+    "damaged": "forgotten, but the rest is damaged",
+    "untestable": "not testable",
     "unknown": "no conclusion",
 }
 
-SIGNIFICANT: Final = 0.05  # the usual level of the forget-quality test
-AUC_MARGIN: Final = 0.1  # how far an attack may do better than it does on a model that never saw the rows
 FEW_LEFT: Final = 0.75  # share of the way from target to retrained that counts as forgotten
 FEW_RUNS: Final = 3  # up to here each run's verdict comes first
-DAMAGED: Final = 0.9  # below this share of the old ROUGE-L, the rest of the model counts as damaged
+KNEW: Final = 0.05  # what the target must reproduce beyond the retrained model before there is anything to forget
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
+    """`damage` says what was lost and what was not looked at; `num_rows` is the number of rows that are too few for a test."""
+
     outcome: Outcome
     damaged: bool
     result: str
     caution: str
+    damage: str = ""
+    num_rows: int | None = None
 
     @property
     def badge(self) -> str:
-        return BADGES[self.outcome] + ("; the rest is damaged" if self.damaged else "")
+        rows = f" ({self.num_rows} row{'' if self.num_rows == 1 else 's'})" if self.outcome == "untestable" else ""
+        return BADGES[self.outcome] + rows + ("; the rest is damaged" if self.damaged and self.outcome != "damaged" else "")
 
     @property
     def text(self) -> str:
-        return f"{self.result} {self.caution}"
+        return " ".join(filter(None, (self.result, self.damage, self.caution)))
 
 
 def verdict(results: Results) -> Verdict:
+    """Passed is a model that forgot, whose every removal test was run, could have failed and did not, and that is known to be undamaged."""
     target, unlearned, retrained = (results.models[name] for name in ("target", "unlearned", "retrained"))
     if unlearned is None:
         reason = results.reasons["models.unlearned"]
         return Verdict("unknown", False, f"There is no unlearned model to judge: {reason}.", "Nothing is claimed about it.")
     forgotten = _forgotten(target, unlearned, retrained)
-    kept, before = unlearned.value("retain.rougeL_recall"), _value(target, "retain.rougeL_recall")
-    damaged = kept is not None and before is not None and kept < DAMAGED * before
-    failed, passed = _failed_tests(unlearned, retrained)
+    found, lost = evidence(unlearned, retrained), damage(target, unlearned)
     return Verdict(
-        outcome=_outcome(forgotten, failed=bool(failed), tested=bool(passed)),
-        damaged=damaged,
+        outcome=_outcome(forgotten, found, lost),
+        damaged=bool(lost.lost),
         result=_result(target, unlearned, retrained, still=forgotten is not None and forgotten < FEW_LEFT),
-        caution=_caution(unlearned, forgotten, failed, passed),
+        caution=_caution(forgotten, found, known=_nothing_known(target, unlearned, retrained)),
+        damage=lost.sentence,
+        num_rows=found.rows,
     )
 
 
@@ -68,17 +76,33 @@ def _forgotten(target: ModelResults | None, unlearned: ModelResults, retrained: 
     path = "forget.rougeL_recall"
     before, after = _value(target, path), unlearned.value(path)
     floor = _value(retrained, path) or 0.0
-    if before is None or after is None or before <= floor:
+    if before is None or after is None or before - floor < KNEW:
         return None
     return (before - after) / (before - floor)
 
 
-def _outcome(forgotten: float | None, *, failed: bool, tested: bool) -> Outcome:
-    if forgotten is not None and forgotten < FEW_LEFT:
+def _nothing_known(target: ModelResults | None, unlearned: ModelResults, retrained: ModelResults | None) -> str | None:
+    """Why there was nothing to forget, where the target hardly knew the rows."""
+    path = "forget.rougeL_recall"
+    before, floor = _value(target, path), _value(retrained, path)
+    if before is None or unlearned.value(path) is None or before - (floor or 0.0) >= KNEW:
+        return None
+    beside = "" if floor is None else " beyond what a model never trained on them does"
+    return f"The target hardly reproduced these rows{beside}, so there was nothing to forget"
+
+
+def _outcome(forgotten: float | None, found: Evidence, lost: Damage) -> Outcome:
+    if forgotten is None:
+        return "unknown"
+    if forgotten < FEW_LEFT:
         return "partial" if forgotten >= 0.25 else "kept"
-    if failed and forgotten is not None:
+    if found.failed:
         return "suppressed"
-    return "passed" if tested and not failed and forgotten is not None else "unknown"
+    if found.untestable:
+        return "untestable"
+    if lost.lost:
+        return "damaged"
+    return "passed" if found.complete and not lost.unknown else "unknown"
 
 
 def _result(target: ModelResults | None, unlearned: ModelResults, retrained: ModelResults | None, *, still: bool) -> str:
@@ -106,58 +130,30 @@ def _brackets(parts: Sequence[str]) -> str:
     return f" ({', '.join(parts)})" if parts else ""
 
 
-def _failed_tests(unlearned: ModelResults, retrained: ModelResults | None) -> tuple[list[str], list[str]]:
-    """Phrases for the removal tests that failed, and for those that passed."""
-    failed, passed = [], []
-    p_value = unlearned.forget_quality
-    if p_value is not None:
-        phrase = f"forget quality {p_phrase(p_value)}"
-        if p_value < SIGNIFICANT:
-            failed.append(f"the model's truth ratios still differ from those of a model never trained on these rows ({phrase})")
-        else:
-            passed.append(phrase)
-    attack = _worst_attack(unlearned, retrained)
-    if attack is None:
-        return failed, passed
-    name, auc, blind = attack
-    phrase = f"AUC {fixed(auc, 2)}, {'retrained model' if retrained and retrained.mia_auc else 'guessing'} {fixed(blind, 2)}"
-    if auc > blind + AUC_MARGIN:
-        failed.append(f"a membership attack ({ATTACKS[name].title}) still recognises the forgotten rows ({phrase})")
-    elif auc < blind - AUC_MARGIN:
-        failed.append(f"the forgotten rows stand out as unnaturally unlikely ({ATTACKS[name].title}: {phrase})")
-    else:
-        passed.append(f"membership attack {phrase}")
-    return failed, passed
-
-
-def _worst_attack(unlearned: ModelResults, retrained: ModelResults | None) -> tuple[str, float, float] | None:
-    """The attack furthest from what it reaches on the retrained model, or from guessing where that is unknown."""
-    found = []
-    for name in ATTACKS:
-        auc, blind = unlearned.value(f"mia_auc.{name}"), _value(retrained, f"mia_auc.{name}")
-        if auc is not None:
-            found.append((name, auc, 0.5 if blind is None else blind))
-    return max(found, key=lambda item: abs(item[1] - item[2]), default=None)
-
-
-def _caution(unlearned: ModelResults, forgotten: float | None, failed: Sequence[str], passed: Sequence[str]) -> str:
-    if forgotten is not None and forgotten < FEW_LEFT and not failed:
+def _caution(forgotten: float | None, found: Evidence, *, known: str | None) -> str:
+    if forgotten is not None and forgotten < FEW_LEFT and not found.failed:
         return "It has not forgotten what it was asked to forget."
-    if failed:
+    if found.failed:
         lead = "Suppressed is not removed"
         if forgotten is None:
-            lead = "It is not shown to be removed"
+            lead = known or "It is not shown to be removed"
         elif forgotten < FEW_LEFT:
             lead = "Much of it is not even suppressed"
-        return f"{lead}: {', and '.join(failed)}."
-    if len(passed) == 2:
-        return (
-            f"The tests here cannot tell it from a model never trained on these rows ({'; '.join(passed)}): evidence of removal, not proof."
-        )
-    untested = unlearned.reason("forget_quality") if unlearned.forget_quality is None else unlearned.reason("mia_auc")
-    if passed:
-        return f"The one removal test that was run did not fail ({passed[0]}); the other was not run: {untested}."
-    return f"Whether the knowledge is removed or only suppressed was not tested: {untested}."
+        return f"{lead}: {'; and '.join(found.failed)}."
+    told = [f"{known}."] if known else []
+    if found.untestable:
+        told.append(f"Not testable ({'; '.join(found.untestable)}).")
+    if found.complete:
+        told.append(f"The tests here cannot tell it from a model never trained on these rows ({'; '.join(found.passed)}).")
+        if known is None:
+            told.append("That is evidence of removal, not proof.")
+    elif found.passed:
+        told.append(f"The one removal test that could say something did not fail ({found.passed[0]}).")
+    elif not found.untestable:
+        told.append("Whether the knowledge is removed or only suppressed was not tested.")
+    if found.missing:
+        told.append(f"Not run: {'; '.join(found.missing)}.")
+    return " ".join(told)
 
 
 def headline(verdicts: Sequence[Verdict]) -> str | None:

@@ -21,7 +21,11 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     add("--host", help="address to listen on; other than loopback needs API keys [default: 127.0.0.1]")
     add("--port", type=int, help="port to listen on [default: 8000]")
     add("--alias", metavar="NAME=ID", action="append", default=[], help="a second name for a model, such as production=x; repeatable")
-    add("--policy", metavar="FILE", help="YAML file of the gate's policy: min_utility, margin, forget_metrics, ceilings, references")
+    add(
+        "--policy",
+        metavar="FILE",
+        help="YAML file of the gate's policy: min_utility, margin, forget_metrics, ceilings, references, require_passed",
+    )
     add("--allow-unevaluated", action="store_true", help="host models that the gate refuses all the same, marked as unevaluated")
     add("--api-key-file", metavar="FILE", help=f"API keys, one a line [default: those in {VARIABLE}, if it is set]")
     add("--replicas", type=int, metavar="N", help="replicas that hold models [default: 1]")

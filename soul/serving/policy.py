@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from soul.report.results import Results
+from soul.report.verdict import verdict
 from soul.report.words import METRICS
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -19,7 +20,8 @@ class Policy(BaseModel):
     retrained model's by more than `margin`.
 
     `ceilings` bound those metrics where there is no retrained model; without them such a run is refused. `references` says where target
-    and retrained model may be asked for comparison: the target still knows what was to be forgotten.
+    and retrained model may be asked for comparison: the target still knows what was to be forgotten. `require_passed` asks for a report
+    whose verdict is "passed": every removal test run, testable and not failed, nothing damaged; what is not testable has not passed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -29,6 +31,7 @@ class Policy(BaseModel):
     forget_metrics: tuple[Metric, ...] = Field(default=("rougeL_recall", "exact_memorization"), min_length=1)
     ceilings: dict[Metric, Share] = Field(default_factory=dict)
     references: Literal["loopback", "always", "never"] = "loopback"
+    require_passed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,13 @@ class Check:
 
 def judge(results: Results, policy: Policy) -> list[Check]:
     """Every rule, passed or not, in reading order."""
-    return [_utility(results, policy), *(_forgotten(results, policy, metric) for metric in policy.forget_metrics)]
+    checks = [_utility(results, policy), *(_forgotten(results, policy, metric) for metric in policy.forget_metrics)]
+    return [*checks, _verdict(results)] if policy.require_passed else checks
+
+
+def _verdict(results: Results) -> Check:
+    judged = verdict(results)
+    return Check("verdict", judged.outcome == "passed", None, None, f"the report's verdict is: {judged.badge}")
 
 
 def _utility(results: Results, policy: Policy) -> Check:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from soul.report.results import Results
+from tests.removal_numbers import removal_tests
 
 Document = dict[str, Any]
 DocumentFactory = Callable[..., Document]
@@ -38,6 +39,7 @@ def model(
         "forget_quality_ks": None if p_value is None else 0.4,
         "model_utility": retain * 0.63,
         "mia_auc": {"loss": auc, "zlib": auc - 0.01, "min_k": auc, "min_k_plus_plus": auc - 0.03},
+        "tests": None if p_value is None else removal_tests(p_value, auc),
         "reasons": nulls,
     }
 

@@ -11,6 +11,7 @@ import pytest
 from soul.report.numbers import compact, duration, log10_p, memory, p_phrase, percent
 from soul.report.results import Results
 from soul.report.verdict import headline, twin_sentence, verdict
+from tests.removal_numbers import removal_tests
 
 Make = Callable[..., Results]
 
@@ -56,6 +57,7 @@ def test_removal_is_never_claimed_when_forget_quality_is_bad(results: Make, auc:
 def test_the_attack_is_measured_against_the_retrained_model(document: Callable[..., dict[str, Any]], results: Make) -> None:
     """A forget set from another distribution than the holdout gives a high AUC on any model: that alone is no sign of memory."""
     shifted = document(p_value=0.4, auc=0.9)
+    shifted["models"]["unlearned"]["tests"] = removal_tests(0.4, 0.9, reference=0.89)
     shifted["models"]["retrained"]["mia_auc"] = dict.fromkeys(("loss", "zlib", "min_k", "min_k_plus_plus"), 0.89)
     assert verdict(Results.model_validate(shifted)).outcome == "passed"
     assert verdict(results(p_value=0.4, auc=0.9)).outcome == "suppressed"
@@ -69,16 +71,17 @@ def test_a_damaged_model_is_called_damaged(results: Make) -> None:
 def test_what_was_not_tested_is_said(document: Callable[..., dict[str, Any]]) -> None:
     changed = document(retrained=False)
     model = changed["models"]["unlearned"]
-    model |= {"forget_quality": None, "forget_quality_ks": None, "mia_auc": None}
+    model |= {"forget_quality": None, "forget_quality_ks": None, "mia_auc": None, "tests": None}
     model["reasons"] = {"forget_quality": "no retrained model", "forget_quality_ks": "no retrained model", "mia_auc": "no holdout rows"}
     judged = verdict(Results.model_validate(changed))
     assert judged.outcome == "unknown"
     assert "no retrained model" in judged.caution
     assert "never trained" not in judged.result
-    model |= {"mia_auc": {"loss": 0.5}}
+    model |= {"mia_auc": {"loss": 0.5}, "tests": removal_tests(0.4, 0.5)}
+    model["tests"]["forget_quality"] = {"reason": "no retrained model"}
     del model["reasons"]["mia_auc"]
     judged = verdict(Results.model_validate(changed))
-    assert "The one removal test" in judged.caution and "no retrained model" in judged.caution
+    assert judged.outcome == "unknown" and "The one removal test" in judged.caution and "no retrained model" in judged.caution
 
 
 def test_without_an_unlearned_model_nothing_is_judged(document: Callable[..., dict[str, Any]]) -> None:

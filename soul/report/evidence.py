@@ -1,0 +1,129 @@
+"""The removal tests of a run in words: which failed, which passed, which could say nothing at this number of rows, which were not run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from soul.report.numbers import fixed, p_phrase
+from soul.report.results import ModelResults, RemovalTest
+from soul.report.words import ATTACKS
+
+REBUILD: Final = (
+    "results.json holds no removal tests, it is from an earlier version: `soul report RUN` works them out from the run's logs, "
+    "without logs `soul evaluate` measures the model again"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Phrases by what became of the tests. `rows` is the smallest number of rows among those that are not testable."""
+
+    failed: tuple[str, ...]
+    passed: tuple[str, ...]
+    untestable: tuple[str, ...]
+    missing: tuple[str, ...]
+    rows: int | None
+
+    @property
+    def complete(self) -> bool:
+        """Both tests were run, could have failed, and did not."""
+        return bool(self.passed) and not (self.failed or self.untestable or self.missing)
+
+
+def evidence(unlearned: ModelResults, retrained: ModelResults | None) -> Evidence:
+    if unlearned.tests is None:
+        why = REBUILD
+        if unlearned.forget_quality is None and unlearned.mia_auc is None:
+            why = "; ".join(dict.fromkeys((unlearned.reason("forget_quality"), unlearned.reason("mia_auc"))))
+        return Evidence((), (), (), (why,), None)
+    found: dict[str, list[str]] = {"failed": [], "passed": [], "untestable": [], "missing": []}
+    rows = []
+    quality, attacks = unlearned.tests.get("forget_quality"), _attacks(unlearned.tests)
+    if quality is None or quality.reason is not None:
+        found["missing"].append(_why("forget quality", quality, unlearned.reason("forget_quality")))
+    else:
+        state = _state(quality)
+        lead = "the model's truth ratios still differ from those of a model never trained on these rows: " if state == "failed" else ""
+        found[state].append(lead + quality_phrase(quality))
+        rows += [quality.num_rows or 0] if state == "untestable" else []
+    ran = {name: test for name, test in attacks.items() if test.reason is None}
+    idle = [name for name in ATTACKS if name not in ran and (name in attacks or not ran)]
+    if idle:
+        names = "membership attacks" if not ran else f"membership attack {', '.join(ATTACKS[name].title for name in idle)}"
+        found["missing"].append(_why(names, attacks.get(idle[0]), unlearned.reason("mia_auc")))
+    if ran:
+        name, test = _clearest(ran)
+        state = _state(test)
+        found[state].append(_lead(state, name, test) + attack_phrase(name, test, len(ran), retrained is not None))
+        rows += [min(test.num_rows or 0, test.num_others or 0)] if state == "untestable" else []
+    phrases: dict[str, Any] = {kind: tuple(told) for kind, told in found.items()}
+    return Evidence(**phrases, rows=min(rows, default=None))
+
+
+def _attacks(tests: dict[str, RemovalTest]) -> dict[str, RemovalTest]:
+    return {name: tests[f"mia_auc.{name}"] for name in ATTACKS if f"mia_auc.{name}" in tests}
+
+
+def _clearest(tests: dict[str, RemovalTest]) -> tuple[str, RemovalTest]:
+    """The attack that decides: one that can say nothing only where all can, then the smallest p, the largest gap."""
+
+    def order(item: tuple[str, RemovalTest]) -> tuple[bool, float, float]:
+        test = item[1]
+        return not test.testable, 1.0 if test.p_value is None else test.p_value, -abs(test.difference or 0.0)
+
+    return min(tests.items(), key=order)
+
+
+def _state(test: RemovalTest) -> str:
+    if not test.testable:
+        return "untestable"
+    return "failed" if test.rejected else "passed"
+
+
+def _why(name: str, test: RemovalTest | None, fallback: str) -> str:
+    return f"{name}: {test.reason if test is not None and test.reason else fallback}"
+
+
+def _lead(state: str, name: str, test: RemovalTest) -> str:
+    if state != "failed":
+        return ""
+    if (test.difference or 0.0) > 0:
+        return f"a membership attack ({ATTACKS[name].title}) still recognises the forgotten rows: "
+    return f"the forgotten rows stand out as unnaturally unlikely ({ATTACKS[name].title}): "
+
+
+def quality_phrase(test: RemovalTest) -> str:
+    text = f"forget quality {_p(test)}, KS distance {_interval(test.value, test.low, test.high)}, n = {_rows(test)}"
+    return f"{text}, {_power(test, 'distance')}"
+
+
+def attack_phrase(name: str, test: RemovalTest, num_attacks: int, beside_retrained: bool) -> str:
+    beside = "retrained model" if beside_retrained else "guessing"
+    text = f"{ATTACKS[name].title} attack, AUC {_interval(test.value, test.low, test.high)}, {beside} {_number(test.reference)}"
+    together = f", adjusted for {num_attacks} attacks" if num_attacks > 1 else ""
+    return f"{text}, {_p(test)}{together}, n = {_rows(test)}, {_power(test, 'difference')}"
+
+
+def _p(test: RemovalTest) -> str:
+    return p_phrase(1.0 if test.p_value is None else test.p_value)
+
+
+def _rows(test: RemovalTest) -> str:
+    return f"{test.num_rows:,} and {test.num_others:,}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else fixed(value, 2)
+
+
+def _interval(value: float | None, low: float | None, high: float | None) -> str:
+    return f"{_number(value)} [{_number(low)}, {_number(high)}]"
+
+
+def _power(test: RemovalTest, what: str) -> str:
+    if not test.testable:
+        return "which can reject nothing at this number of rows"
+    if test.detectable is None:
+        return f"no {what} would be found in four of five such runs"
+    return f"a {what} of {fixed(test.detectable, 2)} would be found in four of five such runs"

@@ -1,0 +1,51 @@
+"""The removal tests as a table: rows, what was found with its interval, p, and the smallest effect that would have been found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from soul.report.grid_type import Grid
+from soul.report.numbers import DASH, fixed, p_phrase
+from soul.report.results import RemovalTest, Results
+from soul.report.words import ATTACKS
+
+HEAD: Final = ("test", "forget rows", "compared with", "found [95 % interval]", "without the rows", "p", "smallest effect seen", "outcome")
+CAPTION: Final = "Removal tests: can the model be told from one that never saw the rows?"
+TESTS_MEANING: Final = (
+    "Each test asks whether the model can be told from one that never saw the forget rows; p at or below 0.05 says it can. The smallest "
+    "effect seen is what the test would have found in four of five such runs: anything smaller may be there unnoticed. A test that cannot "
+    "reach 0.05 with so few rows is not testable, which is no pass. Forget quality compares truth ratios (the interval of their KS "
+    "distance holds at least 95 %). An attack's AUC is compared with the retrained model's on the same rows, "
+    "or with 0.5 where there is none, and its p counts that several attacks were tried."
+)
+
+
+def tests_grid(labels: Sequence[str], runs: Sequence[Results]) -> Grid | None:
+    """One row for every test of every run; None where no run has any."""
+    rows = []
+    for label, run in zip(labels, runs, strict=True):
+        unlearned = run.models["unlearned"]
+        for name, test in ((unlearned and unlearned.tests) or {}).items():
+            title = "forget quality (KS)" if name == "forget_quality" else f"{ATTACKS[name.removeprefix('mia_auc.')].title} attack (AUC)"
+            rows.append((title if len(runs) == 1 else f"{label}: {title}", *_cells(test)))
+    return Grid(CAPTION, HEAD, tuple(rows)) if rows else None
+
+
+def _cells(test: RemovalTest) -> tuple[str, ...]:
+    if test.reason is not None:
+        return (*[DASH] * (len(HEAD) - 2), f"not run: {test.reason}")
+    outcome = "not testable" if not test.testable else "told apart" if test.rejected else "not told apart"
+    return (
+        f"{test.num_rows:,}",
+        f"{test.num_others:,}",
+        f"{_two(test.value)} [{_two(test.low)}, {_two(test.high)}]",
+        _two(test.reference),
+        DASH if test.p_value is None else p_phrase(test.p_value).removeprefix("p\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"),
+        _two(test.detectable) if test.testable else "none",
+        outcome,
+    )
+
+
+def _two(value: float | None) -> str:
+    return DASH if value is None else fixed(value, 2)
