@@ -63,13 +63,13 @@ def own(finished: Finished, files: Path, tmp_path_factory: pytest.TempPathFactor
     return Own(config, run, load_results(run))
 
 
-def again(own: Own, output: Path, retrained: Path | str, monkeypatch: pytest.MonkeyPatch) -> Results:
+def again(own: Own, output: Path, retrained: Path | str, monkeypatch: pytest.MonkeyPatch, **model: Any) -> Results:
     """The same run against a gold standard. Its training is done: nothing trains."""
     shutil.copytree(own.run, output)
     config = own.config.model_copy(
         update={
             "output": str(output),
-            "model": own.config.model.model_copy(update={"retrained": str(retrained)}),
+            "model": own.config.model.model_copy(update={"retrained": str(retrained), **model}),
             "cache": own.config.cache_folder,
         }
     )
@@ -125,7 +125,10 @@ def test_a_run_as_the_gold_standard_lends_its_own(own: Own, finished: Finished, 
         raise AssertionError("a log was evaluated again")
 
     monkeypatch.setattr(Judge, "evaluate", refuse)
-    results = again(own, tmp_path / "run", finished.run, monkeypatch)
+    with pytest.raises(InputError, match=f"forget: {MINI_FORGET} rows against {NUM_FORGET}.*--allow-mismatch"):
+        again(own, tmp_path / "refused", finished.run, monkeypatch)
+    results = again(own, tmp_path / "run", finished.run, monkeypatch, allow_mismatch=True)
+    assert f"{MINI_FORGET} rows against {NUM_FORGET}" in str(results.settings["compared_despite"])
     theirs = load_results(finished.run)
     assert entry(results, "retrained").value("forget.probability") == pytest.approx(entry(theirs, "retrained").value("forget.probability"))
     # its forget rows are others than ours: no test may compare them
