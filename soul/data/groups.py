@@ -45,7 +45,7 @@ def halves(groups: Sequence[int]) -> Halves:
         sizes[group] = sizes.get(group, 0) + 1
     if len(sizes) == 1:
         rows = range(len(groups))
-        return Halves(tuple(rows[0::2]), tuple(rows[1::2]), share_groups=True)
+        return Halves(tuple(rows[0::2]), tuple(rows[1::2]) or tuple(rows), share_groups=True)  # a single row is both
     counts, chosen = [0, 0], [set[int](), set[int]()]
     for group in sorted(sizes, key=lambda group: -sizes[group]):
         half = int(counts[1] < counts[0])

@@ -26,7 +26,7 @@ class SplitLog:
 
     `right` is the answer that the wrong ones are compared with: the paraphrase on forget and retain rows, the answer itself elsewhere.
     All `nll`s are mean nats per answer token, the EOS included. The two `recorded` columns are values that a log gives without the
-    losses behind them. `rows` holds a fingerprint of each row's question and answer. `attacks` maps an attack to its row scores (higher:
+    losses behind them. `rows` is a short digest of all questions and answers. `attacks` maps an attack to its row scores (higher:
     less likely a member). `groups` says by numbers which rows are about one author (soul.data.groups).
     """
 
@@ -44,7 +44,7 @@ class SplitLog:
     exact_memorization: Column | None = None
     extraction_strength: Column | None = None
     accuracy: Column | None = None
-    rows: tuple[str, ...] | None = None
+    rows: str | None = None
     attacks: Mapping[str, Column] = field(default_factory=dict)
     groups: tuple[int, ...] | None = None
 

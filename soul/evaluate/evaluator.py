@@ -23,7 +23,7 @@ from soul.evaluate.open_unlearning_log import write_open_unlearning_log
 from soul.evaluate.plan import GENERATED_SPLITS, PARAPHRASED_SPLITS, Ask, EvalPlan, ItemResult, plan_evaluation, run_item
 from soul.evaluate.privacy import min_k_score, zlib_score
 from soul.evaluate.rouge import NO_WORDS, rouge_recalls
-from soul.evaluate.same_rows import row_fingerprint
+from soul.evaluate.same_rows import rows_digest
 from soul.evaluate.score import Scores, score
 from soul.evaluate.settings import EvalSettings
 from soul.evaluate.tofu_log import AGGREGATED, write_tofu_log
@@ -147,9 +147,7 @@ def _split_log(
     tokens = tuple(answer.num_tokens for answer in answers)
     attacks = {} if split not in ("forget", "holdout") else _attacks(records, answers, settings.min_k)
     if split == "holdout":
-        return SplitLog(
-            keys, answer_nll=nlls, answer_tokens=tokens, rows=tuple(map(row_fingerprint, records)), attacks=attacks, groups=groups
-        )
+        return SplitLog(keys, answer_nll=nlls, answer_tokens=tokens, rows=rows_digest(records), attacks=attacks, groups=groups)
     rights = [scores.get(Ask(split, row, "right")) if split in PARAPHRASED_SPLITS else answers[row] for row in rows]
     wrongs = [[scores[Ask(split, row, "wrong", choice)] for choice in range(len(records[row].perturbed))] for row in rows]
     recalls = None
@@ -168,7 +166,7 @@ def _split_log(
         exact_memorization=tuple(exact_memorization(_without_eos(answer.correct)) for answer in answers),
         extraction_strength=tuple(extraction_strength(_without_eos(answer.correct)) for answer in answers),
         accuracy=None if encoder is None else _accuracy(split, records, texts, encoder),
-        rows=tuple(map(row_fingerprint, records)),
+        rows=rows_digest(records),
         attacks=attacks,
         groups=groups,
     )

@@ -20,7 +20,7 @@ from soul.data.tokenize import Truncate, check_tokenizer, tokenize_pair
 from soul.evaluate.eval_log import EVAL_SPLITS, EvalLog, SplitLog
 from soul.evaluate.generate import check_room, generate_batch
 from soul.evaluate.likelihood import AnswerScore, evaluation_mode, plan_batches, score_batch
-from soul.evaluate.same_rows import made_with, row_fingerprint
+from soul.evaluate.same_rows import made_with, rows_digest
 from soul.evaluate.settings import EvalSettings
 from soul.records import InputError, Record
 
@@ -141,11 +141,30 @@ def foreseen(plan: EvalPlan, source: str) -> EvalLog:
         split: SplitLog(
             tuple(map(str, range(len(records)))),
             answer_tokens=tuple(counts[Ask(split, row, "answer")] for row in range(len(records))),
-            rows=tuple(map(row_fingerprint, records)),
+            right_tokens=_right_tokens(split, records, counts),
+            wrong_tokens=_wrong_tokens(split, records, counts),
+            rows=rows_digest(records),
         )
         for split, records in plan.splits.items()
     }
     return EvalLog(source, splits, made_with=plan.made_with)
+
+
+def _right_tokens(split: str, records: Sequence[Record], counts: Mapping[Ask, int]) -> tuple[int, ...] | None:
+    """As the log has them: of the paraphrase where rows have one, elsewhere of the answer itself; none of held-out rows."""
+    if split == "holdout":
+        return None
+    what: Literal["answer", "right"] = "right" if split in PARAPHRASED_SPLITS else "answer"
+    found = tuple(counts.get(Ask(split, row, what), 0) for row in range(len(records)))
+    return found if any(found) else None
+
+
+def _wrong_tokens(split: str, records: Sequence[Record], counts: Mapping[Ask, int]) -> tuple[tuple[int, ...], ...] | None:
+    if split == "holdout" or not any(record.perturbed for record in records):
+        return None
+    return tuple(
+        tuple(counts[Ask(split, row, "wrong", choice)] for choice in range(len(record.perturbed))) for row, record in enumerate(records)
+    )
 
 
 def _answers(split: str, record: Record) -> list[tuple[Literal["answer", "right", "wrong"], int, str]]:

@@ -18,6 +18,7 @@ from soul.statistics.attacks import AttackTest, against_guessing, against_model
 from soul.statistics.distance import compare_distributions
 
 Array = NDArray[np.float64]
+Flags = NDArray[np.bool_]
 
 
 def removal_tests(
@@ -31,7 +32,7 @@ def removal_tests(
     if apart:
         reason = f"the gold standard does not fit: {'; '.join(apart)}"[:400]
         return {name: {"reason": reason} for name in ("forget_quality", *(f"mia_auc.{attack}" for attack in ATTACKS))}
-    return {"forget_quality": _forget_quality(log, retrained, mean), **_attacks(log, retrained)}
+    return {"forget_quality": _forget_quality(log, retrained, mean), **_attacks(log, retrained, insists=allow_mismatch)}
 
 
 def _forget_quality(log: EvalLog, retrained: EvalLog | None, mean: TruthRatioMean) -> dict[str, Any]:
@@ -61,12 +62,12 @@ def _ratios(log: EvalLog, mean: TruthRatioMean) -> list[float]:
     return values if all(map(math.isfinite, values)) else []
 
 
-def _attacks(log: EvalLog, retrained: EvalLog | None) -> dict[str, dict[str, Any]]:
+def _attacks(log: EvalLog, retrained: EvalLog | None, *, insists: bool) -> dict[str, dict[str, Any]]:
     """All attacks that both models have, tested together; the others with the reason why not."""
     usable: list[str] = []
     found: dict[str, dict[str, Any]] = {}
     for attack in ATTACKS:
-        reason = _why_not(log, retrained, attack)
+        reason = _why_not(log, retrained, attack, insists=insists)
         if reason is None:
             usable.append(attack)
         else:
@@ -74,18 +75,20 @@ def _attacks(log: EvalLog, retrained: EvalLog | None) -> dict[str, dict[str, Any
     if not usable:
         return found
     logs = [log] if retrained is None else [log, retrained]
-    members, others = ([_matrix(logs, split, usable)[i] for i in range(len(logs))] for split in ("forget", "holdout"))
+    members, present_members = _matrix(logs, "forget", usable)
+    others, present_others = _matrix(logs, "holdout", usable)
     if not len(members[0]) or not len(others[0]):
         return found | {f"mia_auc.{attack}": {"reason": "no row has a score of every attack"} for attack in usable}
+    authors = _authors(log, present_members, present_others)
     if retrained is None:
-        tests = against_guessing(members[0], others[0], _authors(log, len(members[0]), len(others[0])))
+        tests = against_guessing(members[0], others[0], authors)
     else:
-        tests = against_model(members[0], others[0], members[1], others[1])
+        tests = against_model(members[0], others[0], members[1], others[1], authors)
     sizes = {"num_rows": len(members[0]), "num_others": len(others[0])}
     return found | {f"mia_auc.{attack}": sizes | _entry(test) for attack, test in zip(usable, tests, strict=True)}
 
 
-def _why_not(log: EvalLog, retrained: EvalLog | None, attack: str) -> str | None:
+def _why_not(log: EvalLog, retrained: EvalLog | None, attack: str, *, insists: bool) -> str | None:
     for model, name in ((log, "this model"), (retrained, "the retrained model")):
         if model is None:
             continue
@@ -97,24 +100,26 @@ def _why_not(log: EvalLog, retrained: EvalLog | None, attack: str) -> str | None
                 return f"{name} has {split} scores that are not finite"
     if retrained is not None and any(log.splits[split].keys != retrained.splits[split].keys for split in ("forget", "holdout")):
         return "the retrained model was measured on other rows"
-    if retrained is not None and attack == "zlib":
+    if retrained is not None and attack == "zlib" and not insists:
         return zlibs_apart(log, retrained)
     return None
 
 
-def _authors(log: EvalLog, num_members: int, num_others: int) -> list[int] | None:
-    """A number for the author of each row, forget rows first; None where rows are not known to share any, or some have no score."""
+def _authors(log: EvalLog, members: Flags, others: Flags) -> list[int] | None:
+    """A number for the author of each row that has a score, forget rows first; None where the log knows none, or no row shares one."""
     forget, holdout = log.splits["forget"].groups, log.splits["holdout"].groups
-    if forget is None or holdout is None or (len(forget), len(holdout)) != (num_members, num_others):
+    if forget is None or holdout is None:
         return None
-    return [*forget, *(len(forget) + group for group in holdout)]
+    kept = [group for group, present in zip(forget, members, strict=True) if present]
+    kept += [len(forget) + group for group, present in zip(holdout, others, strict=True) if present]
+    return kept if len(set(kept)) < len(kept) else None
 
 
-def _matrix(logs: Sequence[EvalLog], split: str, attacks: Sequence[str]) -> list[Array]:
-    """Rows x attacks of every model, without the rows that lack a score in any."""
+def _matrix(logs: Sequence[EvalLog], split: str, attacks: Sequence[str]) -> tuple[list[Array], Flags]:
+    """Rows x attacks of every model, without the rows that lack a score in any; and which rows are left."""
     tables = [np.array([log.splits[split].attacks[attack] for attack in attacks], dtype=np.float64).T for log in logs]
-    present = ~np.isnan(np.concatenate(tables, axis=1)).any(axis=1)
-    return [table[present] for table in tables]
+    present: Flags = np.asarray(~np.isnan(np.concatenate(tables, axis=1)).any(axis=1))
+    return [table[present] for table in tables], present
 
 
 def _entry(test: AttackTest) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from rouge_score import rouge_scorer, tokenizers
 TOKENIZER: Final = "unicode-words-1"  # a new name whenever a token changes: it stands in logs and in the keys of kept evaluations
 NO_WORDS: Final = "no reference answer has a letter or a digit, so none has words to recall"
 _SEGMENTS: Final = regex.compile(r"(?w)\b\S.*?\b", regex.DOTALL)
+_INVISIBLE: Final = regex.compile(r"\p{Cf}")  # joiners and soft hyphens, inside words
 _WORDS: Final = regex.compile(r"[\p{L}\p{N}][\p{L}\p{N}\p{M}]*")
 
 Recalls = tuple[float, float] | tuple[None, None]
@@ -26,7 +27,8 @@ class UnicodeWords(tokenizers.Tokenizer):  # type: ignore[misc]
 
     Where a script writes no spaces, UAX #29 cuts at every character (Han, Hiragana, Thai): ROUGE over characters, as is usual there, and
     without a dictionary that would have to be named too. Texts are compared in normal form NFKC. On ASCII texts the tokens are
-    rouge_score's own, Porter's stems included; a word with another letter is not English to Porter and stays whole.
+    rouge_score's own, Porter's stems included; a word that has another letter after case
+    folding too is not English to Porter and stays whole.
     """
 
     def __init__(self) -> None:
@@ -34,7 +36,8 @@ class UnicodeWords(tokenizers.Tokenizer):  # type: ignore[misc]
 
     def tokenize(self, text: str) -> list[str]:
         folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-        words = [word for segment in _SEGMENTS.findall(folded) for word in _WORDS.findall(segment)]
+        shown = _INVISIBLE.sub("", folded)
+        words = [word for segment in _SEGMENTS.findall(shown) for word in _WORDS.findall(segment)]
         return [self._stem(word) if len(word) > 3 and word.isascii() else word for word in words]
 
 

@@ -21,7 +21,7 @@ FILES: Final = {
     "world_facts": "eval_real_world_wo_options.json",
     "holdout": "eval_log_holdout.json",
 }
-ROWS: Final = "row_fingerprint"  # ours, as the next
+ROWS: Final = "rows_digest"  # ours, as the next
 MADE_WITH: Final = "made_with"  # ours
 AGGREGATED: Final = "eval_log_aggregated.json"
 _LOSSES: Final = {"answer_nll": "avg_gt_loss", "right_nll": "avg_paraphrased_loss"}
@@ -68,7 +68,7 @@ def read_tofu_folder(folder: Path) -> EvalLog | None:
 def _parse_split(document: Json, path: Path, prefix: str) -> SplitLog:
     if "avg_gt_loss" not in document:
         raise InputError(f"{path}, key {prefix}avg_gt_loss: missing. Expected TOFU's evaluation log of a split.")
-    wanted = [*_LOSSES.values(), *_SHARES, *_COUNTS.values(), "average_perturb_loss"]
+    wanted = [*_LOSSES.values(), *_SHARES, *_COUNTS.values(), "average_perturb_loss", "num_token_perturb"]
     wanted += [f"attack_{attack}" for attack in ATTACKS]
     present = [key for key in wanted if document.get(key) is not None]
     columns = {key: by_index(document[key], path=path, key=prefix + key) for key in present}
@@ -79,29 +79,34 @@ def _parse_split(document: Json, path: Path, prefix: str) -> SplitLog:
             return None
         return tuple(None if row is None else parse(row, path=path, key=f"{prefix}{key} > {i}") for i, row in columns[key].items())
 
-    named = document.get(ROWS)
     values: dict[str, Any] = {name: column(key, loss) for name, key in _LOSSES.items()}
     values |= {name: column(name, share) for name in _SHARES}
     values |= {name: column(key, count) for name, key in _COUNTS.items()}
     return SplitLog(
         keys=keys,
         wrong_nlls=column("average_perturb_loss", losses),
-        rows=None if named is None else _fingerprints(named, keys, path, prefix + ROWS),
+        wrong_tokens=column("num_token_perturb", _counts),
+        rows=_digest(document.get(ROWS), path, prefix + ROWS),
         attacks={name: rows for name in ATTACKS if (rows := column(f"attack_{name}", number)) is not None},
         **values,
     )
 
 
-def _fingerprints(value: object, keys: tuple[str, ...], path: Path, key: str) -> tuple[str, ...]:
-    rows = _texts(by_index(value, path=path, key=key), path)
-    if tuple(rows) != keys:
-        raise InputError(f"{path}, key {key}: expected the rows of the other keys, got others. Was the log put together from two?")
-    return tuple(rows.values())
+def _digest(value: object, path: Path, key: str) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise InputError(f"{path}, key {key}: expected a text. Evaluate again to get one.")
+    return value
+
+
+def _counts(value: object, *, path: Path, key: str) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        raise InputError(f"{path}, key {key}: expected a list with the number of tokens of each wrong answer.")
+    return tuple(count(item, path=path, key=key) for item in value)
 
 
 def _texts(value: object, path: Path) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
-        raise InputError(f"{path}, key {MADE_WITH} or {ROWS}: expected an object of names and words. Evaluate again to get one.")
+        raise InputError(f"{path}, key {MADE_WITH}: expected an object of names and words. Evaluate again to get one.")
     return value
 
 
@@ -135,7 +140,7 @@ def _split_json(log: SplitLog) -> Json:
     if ratios is not None:
         document["truth_ratio"] = indexed(ratios, log.keys)
     if log.rows is not None:
-        document[ROWS] = indexed(log.rows, log.keys)
+        document[ROWS] = log.rows
     document.update({f"attack_{name}": indexed(column, log.keys) for name, column in log.attacks.items()})
     return document
 

@@ -11,7 +11,7 @@ from soul.config import Config
 from soul.evaluate.eval_log import EvalLog
 from soul.evaluate.open_unlearning_log import FILE, write_open_unlearning_log
 from soul.evaluate.removal import removal_tests
-from soul.evaluate.same_rows import differences
+from soul.evaluate.same_rows import differences, zlibs_apart
 from soul.evaluate.score import score
 from soul.evaluate.tofu_log import AGGREGATED, write_tofu_log
 from soul.orchestration.data import Sources
@@ -112,7 +112,10 @@ def _entry(log: EvalLog, retrained: EvalLog | None, config: Config) -> ModelResu
 def _compared(log: EvalLog, retrained: EvalLog | None, config: Config) -> dict[str, Any]:
     """What the metrics were made with, and what of the gold standard did not fit but was insisted on."""
     names = {name: log.made_with[name] for name in ("rouge_tokenizer", "zlib") if name in log.made_with}
-    found = differences(log, retrained) if retrained is not None and config.model.allow_mismatch else ()
+    found: tuple[str, ...] = ()
+    if retrained is not None and config.model.allow_mismatch:
+        apart = zlibs_apart(log, retrained)
+        found = (*differences(log, retrained), *([f"zlib attack: {apart}"] if apart else []))
     return {**names, **({"compared_despite": "; ".join(found)} if found else {})}
 
 

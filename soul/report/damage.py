@@ -13,6 +13,7 @@ from soul.report.words import METRICS, OVERALL, SPLITS
 KEPT: Final = ("retain", "real_authors", "world_facts")
 # Extraction strength falls to nothing with one early token, which says little about what a model can still answer.
 LOOKED_AT: Final = tuple(name for name, word in METRICS.items() if word.retain == "higher" and name != "extraction_strength")
+ALWAYS: Final = ("rougeL_recall", "probability", "exact_memorization")  # what every row has; the others need wrong answers
 DAMAGED: Final = 0.9  # below this share of the target's value, something counts as damaged
 
 
@@ -61,7 +62,7 @@ def _paths(target: ModelResults | None, unlearned: ModelResults) -> Iterator[tup
             yield SPLITS[split].lower(), split, False, split == "retain"
             continue
         for metric in LOOKED_AT:
-            if metric == "rougeL_recall" or any(rows.get(metric) is not None for rows in found):
+            if metric in ALWAYS or any(rows.get(metric) is not None for rows in found):
                 yield f"{SPLITS[split].lower()} {METRICS[metric].title}", f"{split}.{metric}", True, True
     asked = any(model.model_utility is not None for model in models) or all(getattr(model, split) for model in models for split in KEPT)
     if asked:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from soul.report.numbers import fixed, p_phrase
-from soul.report.results import ModelResults, RemovalTest
+from soul.report.results import SIGNIFICANT, ModelResults, RemovalTest
 from soul.report.words import ATTACKS
 
 REBUILD: Final = (
@@ -40,21 +41,22 @@ def evidence(unlearned: ModelResults, retrained: ModelResults | None) -> Evidenc
     found: dict[str, list[str]] = {"failed": [], "passed": [], "untestable": [], "missing": []}
     rows = []
     quality, attacks = unlearned.tests.get("forget_quality"), _attacks(unlearned.tests)
+    ran = {name: test for name, test in attacks.items() if test.reason is None}
+    rejected = _rejected([test for test in (quality, _clearest(ran)[1] if ran else None) if test is not None and test.reason is None])
     if quality is None or quality.reason is not None:
         found["missing"].append(_why("forget quality", quality, unlearned.reason("forget_quality")))
     else:
-        state = _state(quality)
+        state = _state(quality, rejected)
         lead = "the model's truth ratios still differ from those of a model never trained on these rows: " if state == "failed" else ""
         found[state].append(lead + quality_phrase(quality))
         rows += [quality.num_rows or 0] if state == "untestable" else []
-    ran = {name: test for name, test in attacks.items() if test.reason is None}
     idle = [name for name in ATTACKS if name not in ran and (name in attacks or not ran)]
     if idle:
         names = "membership attacks" if not ran else f"membership attack {', '.join(ATTACKS[name].title for name in idle)}"
         found["missing"].append(_why(names, attacks.get(idle[0]), unlearned.reason("mia_auc")))
     if ran:
         name, test = _clearest(ran)
-        state = _state(test)
+        state = _state(test, rejected)
         found[state].append(_lead(state, name, test) + attack_phrase(name, test, len(ran), retrained is not None))
         rows += [min(test.num_rows or 0, test.num_others or 0)] if state == "untestable" else []
     phrases: dict[str, Any] = {kind: tuple(told) for kind, told in found.items()}
@@ -75,10 +77,21 @@ def _clearest(tests: dict[str, RemovalTest]) -> tuple[str, RemovalTest]:
     return min(tests.items(), key=order)
 
 
-def _state(test: RemovalTest) -> str:
+def _rejected(tests: Sequence[RemovalTest]) -> list[RemovalTest]:
+    """Holm's procedure: of two tests the smaller p has to reach half of the level, so that one alarm in twenty is false and not two."""
+    found: list[RemovalTest] = []
+    left = sorted((test for test in tests if test.testable), key=lambda test: 1.0 if test.p_value is None else test.p_value)
+    for position, test in enumerate(left):
+        if test.p_value is None or test.p_value > SIGNIFICANT / (len(left) - position):
+            break
+        found.append(test)
+    return found
+
+
+def _state(test: RemovalTest, rejected: Sequence[RemovalTest]) -> str:
     if not test.testable:
         return "untestable"
-    return "failed" if test.rejected else "passed"
+    return "failed" if any(test is other for other in rejected) else "passed"
 
 
 def _why(name: str, test: RemovalTest | None, fallback: str) -> str:

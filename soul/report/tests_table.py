@@ -17,7 +17,8 @@ TESTS_MEANING: Final = (
     "effect seen is what the test would have found in four of five such runs: anything smaller may be there unnoticed. A test that cannot "
     "reach 0.05 with so few rows is not testable, which is no pass. Forget quality compares truth ratios (the interval of their KS "
     "distance holds at least 95 %). An attack's AUC is compared with the retrained model's on the same rows, "
-    "or with 0.5 where there is none, and its p counts that several attacks were tried."
+    "or with 0.5 where there is none, and its p counts that several attacks were tried. Rows about one author count once. The verdict asks "
+    "the smaller p of forget quality and attacks for 0.025 (Holm), so that one model in twenty that never saw the rows is told apart."
 )
 
 

@@ -79,6 +79,8 @@ def _forgotten(results: Results, policy: Policy, metric: Metric) -> Check:
     standard = None if retrained is None else retrained.value(f"forget.{metric}")
     if standard is not None:
         limit, origin = standard + policy.margin, f"the retrained model's {standard:.3f} + {policy.margin:g}"
+    elif retrained is not None:
+        return Check(name, False, value, None, f"the retrained model has no {title} on the forget rows: {retrained.reason(name)}")
     elif metric in policy.ceilings:
         limit, origin = policy.ceilings[metric], "the policy's ceiling for runs without a retrained model"
     else:

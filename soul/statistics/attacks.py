@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from soul.statistics.auc import delong, delong_difference
+from soul.statistics.auc import delong, delong_difference, summed
 
 Array = NDArray[np.float64]
 LEVEL: Final = 0.05
@@ -50,19 +50,22 @@ class AttackTest:
     detectable: float
 
 
-def against_model(members: Array, others: Array, reference_members: Array, reference_others: Array) -> list[AttackTest]:
+def against_model(
+    members: Array, others: Array, reference_members: Array, reference_others: Array, groups: Sequence[int] | None = None
+) -> list[AttackTest]:
     """Rows x attacks of two models, the same rows in the same order: a paired comparison.
 
     Ranks within each model are swapped between the models, row by row (after Venkatraman and Begg, Biometrika 1996), all attacks of a row
-    together. Ranks, because a model that is surer of everything is no better an attack's victim.
+    together. Ranks, because a model that is surer of everything is no better an attack's victim. `groups` numbers what rows have in
+    common, members first: rows about one author are swapped together, since two models that have seen none of them differ by author.
     """
-    observed, maxima, spreads = _compared(members, others, reference_members, reference_others)
+    observed, maxima, spreads = _compared(members, others, reference_members, reference_others, groups)
     adjusted = _adjusted(observed, maxima)
     critical = float(np.quantile(maxima, 1 - LEVEL, method="higher")) if maxima.any() else float(stats.norm.ppf(1 - LEVEL / 2))
     found = []
     for k in range(members.shape[1]):
         area = delong(members[:, k], others[:, k])
-        pair = delong_difference(members[:, k], others[:, k], reference_members[:, k], reference_others[:, k])
+        pair = delong_difference(members[:, k], others[:, k], reference_members[:, k], reference_others[:, k], groups)
         error = pair.standard_error or (pair.high - pair.low) / (2 * stats.norm.ppf(1 - LEVEL / 2))
         found.append(
             AttackTest(
@@ -74,21 +77,28 @@ def against_model(members: Array, others: Array, reference_members: Array, refer
                 difference_low=pair.low,
                 difference_high=pair.high,
                 p_value=adjusted[k],
-                smallest_p=1.0 if _tied(members[:, k], others[:, k]) else _smallest(reference_members[:, [k]], reference_others[:, [k]]),
+                smallest_p=1.0
+                if _tied(members[:, k], others[:, k])
+                else _smallest(reference_members[:, [k]], reference_others[:, [k]], groups),
                 detectable=_reachable(critical * max(spreads[k], error) + POWER_Z * error, pair.reference),
             )
         )
     return found
 
 
-def paired_p_values(members: Array, others: Array, reference_members: Array, reference_others: Array) -> list[float]:
+def paired_p_values(
+    members: Array, others: Array, reference_members: Array, reference_others: Array, groups: Sequence[int] | None = None
+) -> list[float]:
     """The adjusted p-values of `against_model` alone."""
-    observed, maxima, _ = _compared(members, others, reference_members, reference_others)
+    observed, maxima, _ = _compared(members, others, reference_members, reference_others, groups)
     return _adjusted(observed, maxima)
 
 
-def _compared(members: Array, others: Array, reference_members: Array, reference_others: Array) -> tuple[Array, Array, Array]:
-    return _swapped(_parts(_ranks(members, others), _ranks(reference_members, reference_others), len(members)))
+def _compared(
+    members: Array, others: Array, reference_members: Array, reference_others: Array, groups: Sequence[int] | None
+) -> tuple[Array, Array, Array]:
+    parts = _parts(_ranks(members, others), _ranks(reference_members, reference_others), len(members))
+    return _swapped(summed(parts, groups))
 
 
 def against_guessing(members: Array, others: Array, groups: Sequence[int] | None = None) -> list[AttackTest]:
@@ -148,12 +158,19 @@ def _parts(first: Array, second: Array, m: int) -> Array:
     pairs = 4.0 * m * (len(first) - m)
     found = np.empty_like(first)
     for k in range(first.shape[1]):
-        a, b = first[:, k], second[:, k]
-        straight = np.sign(a[m:] - a[:m, None]) - np.sign(b[m:] - b[:m, None])
-        crossed = np.sign(b[m:] - a[:m, None]) - np.sign(a[m:] - b[:m, None])
-        found[:m, k] = (straight + crossed).sum(axis=1) / pairs
-        found[m:, k] = (straight - crossed).sum(axis=0) / pairs
+        (a, b), (c, d) = ((ranks[:m, k], ranks[m:, k]) for ranks in (first, second))
+        straight, crossed = _signs(a, b) - _signs(c, d), _signs(a, d) - _signs(c, b)
+        found[:m, k] = (straight + crossed) / pairs
+        straight, crossed = _signs(d, c) - _signs(b, a), _signs(b, c) - _signs(d, a)
+        found[m:, k] = (straight - crossed) / pairs
     return found
+
+
+def _signs(values: Array, among: Array) -> Array:
+    """For each value how many of the others are above it, less how many are below."""
+    ordered = np.sort(among)
+    upto, below = np.searchsorted(ordered, values, "right"), np.searchsorted(ordered, values, "left")
+    return np.asarray(len(among) - upto - below, dtype=np.float64)
 
 
 def _swapped(parts: Array) -> tuple[Array, Array, Array]:
@@ -211,11 +228,15 @@ def _tied(members: Array, others: Array) -> bool:
     return bool(np.ptp(np.concatenate([members, others])) == 0)
 
 
-def _smallest(members: Array, others: Array) -> float:
-    """The p-value of a model whose rows are separated perfectly, one way or the other, beside this reference."""
+def _smallest(members: Array, others: Array, groups: Sequence[int] | None) -> float:
+    """The p-value of a model whose rows are separated perfectly, one way or the other, beside this reference.
+
+    Of so few rows that it matters it may be a little more than the least there is.
+    """
     if _tied(members, others):
         return 1.0
-    if min(len(members), len(others)) >= _MANY:
+    sizes = (len(members), len(others)) if groups is None else (len(set(groups[: len(members)])), len(set(groups[len(members) :])))
+    if min(sizes) >= _MANY:
         return 1 / (_DRAWS + 1)
     m, rows = len(members), len(members) + len(others)
     reference = _ranks(members, others)
@@ -225,7 +246,7 @@ def _smallest(members: Array, others: Array) -> float:
     found = []
     for shift in (0, rows):
         extreme = _ranks(order[:m, None] + shift, order[m:, None])
-        observed, maxima, _ = _swapped(_parts(extreme, reference, m))
+        observed, maxima, _ = _swapped(summed(_parts(extreme, reference, m), groups))
         found += _adjusted(observed, maxima)
     return min(found)
 

@@ -6,6 +6,7 @@ Scores are higher for `others` than for `members` where the area is above one ha
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -58,19 +59,36 @@ def delong(members: ArrayLike, others: ArrayLike) -> Area:
     return Area(area, float(_expit(centre - width)), float(_expit(centre + width)), error)
 
 
-def delong_difference(members: ArrayLike, others: ArrayLike, reference_members: ArrayLike, reference_others: ArrayLike) -> AreaDifference:
-    """DeLong's variance for correlated areas; where it is 0, the two single intervals are combined (Newcombe's square-and-add)."""
+def delong_difference(
+    members: ArrayLike,
+    others: ArrayLike,
+    reference_members: ArrayLike,
+    reference_others: ArrayLike,
+    groups: Sequence[int] | None = None,
+) -> AreaDifference:
+    """DeLong's variance for correlated areas; where it is 0, the two single intervals are combined (Newcombe's square-and-add).
+
+    `groups` numbers what rows have in common, members first: their placements are summed before they vary (Obuchowski, Biometrics 1997),
+    and Student's quantile takes the number of groups into account.
+    """
     inner, outer = placements(members, others)
     reference_inner, reference_outer = placements(reference_members, reference_others)
     area, reference = float(inner.mean()), float(reference_inner.mean())
     difference = area - reference
-    error = math.sqrt(_variance(inner - reference_inner) + _variance(outer - reference_outer))
+    first, second = inner - reference_inner, outer - reference_outer
+    z = Z
+    if groups is None or len(set(groups)) == len(groups):
+        error = math.sqrt(_variance(first) + _variance(second))
+    else:
+        sides = (_group_variance(first, groups[: len(first)]), _group_variance(second, groups[len(first) :]))
+        error = math.sqrt(sum(variance for variance, _ in sides))
+        z = float(stats.t.ppf(0.975, max(min(number for _, number in sides) - 1, 1)))
     if error < 1e-12 or min(len(inner), len(outer)) < 2:
         one, two = delong(members, others), delong(reference_members, reference_others)
         low = difference - math.hypot(area - one.low, two.high - reference)
         high = difference + math.hypot(one.high - area, reference - two.low)
         return AreaDifference(area, reference, difference, max(low, -1.0), min(high, 1.0), 0.0)
-    return AreaDifference(area, reference, difference, max(difference - Z * error, -1.0), min(difference + Z * error, 1.0), error)
+    return AreaDifference(area, reference, difference, max(difference - z * error, -1.0), min(difference + z * error, 1.0), error)
 
 
 def newcombe(area: float, num_members: int, num_others: int) -> tuple[float, float]:
@@ -84,6 +102,23 @@ def newcombe(area: float, num_members: int, num_others: int) -> tuple[float, flo
     low = 0.0 if area <= 0 else float(optimize.brentq(off, 0.0, area - 1e-12))
     high = 1.0 if area >= 1 else float(optimize.brentq(off, area + 1e-12, 1.0))
     return low, high
+
+
+def summed(values: Array, groups: Sequence[int] | None) -> Array:
+    """Of the rows of each group, along the first axis; the values themselves without groups."""
+    if groups is None:
+        return values
+    _, numbers = np.unique(np.asarray(groups), return_inverse=True)
+    found = np.zeros((numbers.max() + 1, *values.shape[1:]))
+    np.add.at(found, numbers, values)
+    return found
+
+
+def _group_variance(values: Array, groups: Sequence[int]) -> tuple[float, int]:
+    """Of the mean of rows that come in groups, and the number of groups."""
+    sums = summed(values - values.mean(), groups)
+    number = len(sums)
+    return (float((sums**2).sum()) / len(values) ** 2 * number / (number - 1) if number > 1 else 0.0), number
 
 
 def _variance(values: Array) -> float:

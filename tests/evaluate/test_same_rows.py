@@ -13,7 +13,7 @@ import pytest
 from soul.cli import main
 from soul.evaluate.eval_log import EvalLog, SplitLog
 from soul.evaluate.logs import read_log, write_tofu_log
-from soul.evaluate.same_rows import check_comparable, differences, not_compared, row_fingerprint
+from soul.evaluate.same_rows import check_comparable, differences, not_compared, rows_digest
 from soul.evaluate.score import score, score_log
 from soul.records import InputError, Record
 
@@ -29,7 +29,7 @@ def split(shift: float = 0.0, **changed: Any) -> SplitLog:
         "right_nll": nlls,
         "wrong_nlls": tuple((1.0, 1.2) for _ in nlls),
         "answer_tokens": tuple(range(5, 5 + NUM_ROWS)),
-        "rows": tuple(row_fingerprint(Record(str(row), f"question {row}", "yes")) for row in range(NUM_ROWS)),
+        "rows": rows_digest([Record(str(row), f"question {row}", "yes") for row in range(NUM_ROWS)]),
         "attacks": {"loss": nlls, "zlib": nlls},
     }
     return SplitLog(**(values | changed))
@@ -40,10 +40,10 @@ def log(**changed: Any) -> EvalLog:
 
 
 OWN = log()
-OTHER_ROWS = tuple(f"{row:016x}" for row in range(NUM_ROWS))
+OTHER_ROWS = "zz"
 BAD: dict[str, tuple[Callable[[], EvalLog], str]] = {
-    "other questions": (lambda: log(rows=OTHER_ROWS), "forget: 20 of 20 rows have another question or answer, first row 0"),
-    "one other question": (lambda: log(rows=(*OWN.splits["forget"].rows[:7], "f" * 16, *OWN.splits["forget"].rows[8:])), "1 of 20 rows"),
+    "other questions": (lambda: log(rows=OTHER_ROWS), "forget: other questions or answers"),
+    "other wrong answers": (lambda: log(wrong_nlls=((1.0,), *((1.0, 1.2),) * (NUM_ROWS - 1))), "1 of 20 rows have another number of wrong"),
     "other numbers": (lambda: log(keys=tuple(map(str, range(100, 120)))), "40 row number(s) in one only, first row 0"),
     "other tokens, no fingerprints": (
         lambda: log(rows=None, answer_tokens=(9,) * NUM_ROWS),
@@ -51,7 +51,7 @@ BAD: dict[str, tuple[Callable[[], EvalLog], str]] = {
     ),
     "another tokenizer": (lambda: replace(OWN, made_with=MADE | {"tokenizer": "u"}), "another tokenizer's vocabulary"),
     "another template": (lambda: replace(OWN, made_with=MADE | {"template": "d"}), "another chat template"),
-    "other holdout rows": (lambda: replace(OWN, splits={**OWN.splits, "holdout": split(rows=OTHER_ROWS)}), "holdout: 20 of 20"),
+    "other holdout rows": (lambda: replace(OWN, splits={**OWN.splits, "holdout": split(rows=OTHER_ROWS)}), "holdout: other questions"),
 }
 
 
@@ -84,7 +84,7 @@ def test_zlib_attacks_of_two_zlibs_are_not_compared() -> None:
     assert score(OWN, retrained=gold, allow_mismatch=True).privleak["zlib"] is not None  # type: ignore[index]
 
 
-def test_fingerprints_and_what_a_log_was_made_with_survive_the_file(tmp_path: Path) -> None:
+def test_the_digest_and_what_a_log_was_made_with_survive_the_file(tmp_path: Path) -> None:
     write_tofu_log(OWN, tmp_path / "a.json.gz")
     read = read_log(tmp_path / "a.json.gz")
     assert read.made_with == MADE and read.splits["forget"].rows == OWN.splits["forget"].rows
@@ -95,7 +95,7 @@ def test_soul_score_refuses_a_log_of_other_rows(tmp_path: Path, capsys: pytest.C
     write_tofu_log(log(rows=OTHER_ROWS), tmp_path / "b.json")
     command = ["score", str(tmp_path / "a.json"), "--retrained", str(tmp_path / "b.json")]
     assert main(command) != 0
-    assert "another question or answer" in capsys.readouterr().err
+    assert "other questions or answers" in capsys.readouterr().err
     assert main([*command, "--allow-mismatch"]) == 0
     assert json.loads(capsys.readouterr().out)["compared_despite"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from itertools import product
 
 import numpy as np
@@ -115,3 +116,30 @@ def test_rows_of_one_author_count_once() -> None:
     assert max(test.p_value for test in told) <= 0.01 and told[0].smallest_p == pytest.approx(1 / math.comb(12, 4))
     few = against_guessing(rows[:20] - 9, rows[20:40], authors[:40].tolist())
     assert all(test.smallest_p > 0.05 for test in few), "two authors against two: whatever they say, one division in three is as extreme"
+
+
+def test_two_never_trained_models_that_differ_by_author_are_not_told_apart() -> None:
+    """Four authors against ten, ten rows each; what a model makes of an author is shared by all of the author's rows."""
+    rng = np.random.default_rng(4)
+    authors = np.repeat(np.arange(14), 10)
+    by_row, by_author = [], []
+    for _ in range(60):
+        hardness = rng.standard_normal(140)
+        one, two = (scores(hardness + 0.4 * rng.standard_normal(14)[authors], 0.3, rng) for _ in range(2))
+        rows = (one[:40], one[40:], two[:40], two[40:])
+        by_row.append(min(paired_p_values(*rows)) <= 0.05)
+        by_author.append(min(paired_p_values(*rows, authors.tolist())) <= 0.05)
+    assert np.mean(by_author) <= 0.15 and np.mean(by_row) > 0.2
+    few = against_model(one[:20], one[20:40], two[:20], two[20:40], authors[:40].tolist())
+    assert all(test.smallest_p > 0.05 for test in few), "two authors a side: no difference could be seen"
+    many = against_model(one[:40] - 9, one[40:], two[:40], two[40:], authors.tolist())
+    assert many[0].smallest_p <= 0.13 and many[0].p_value == pytest.approx(many[0].smallest_p, abs=0.05)
+
+
+def test_many_rows_need_no_square_of_memory() -> None:
+    rng = np.random.default_rng(5)
+    one, two = scores(rng.standard_normal(20_000), 0.3, rng)[:, :1], scores(rng.standard_normal(20_000), 0.3, rng)[:, :1]
+    tracemalloc.start()
+    paired_p_values(one[:10_000], one[10_000:], two[:10_000], two[10_000:])
+    assert tracemalloc.get_traced_memory()[1] < 300 * 2**20
+    tracemalloc.stop()
