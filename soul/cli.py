@@ -265,7 +265,7 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
 def _score(parsed: argparse.Namespace) -> int:
     from soul.evaluate.logs import read_log
     from soul.evaluate.same_rows import check_comparable
-    from soul.evaluate.score import score_log
+    from soul.evaluate.summary import score_log
 
     log, retrained = read_log(parsed.log), parsed.retrained and read_log(parsed.retrained)
     check_comparable(log, retrained, insists=parsed.allow_mismatch)

@@ -15,7 +15,7 @@ from soul.evaluate.eval_log import ATTACKS, Column, EvalLog, SplitLog, option_pr
 from soul.evaluate.legacy import legacy_scrambled_mia_auc, legacy_self_ks
 from soul.evaluate.memorization import probability
 from soul.evaluate.privacy import auc, privleak
-from soul.evaluate.same_rows import differences, not_compared, zlibs_apart
+from soul.evaluate.same_rows import differences, zlibs_apart
 from soul.evaluate.truth_ratio import TruthRatioMean, indistinguishability, preference, truth_ratio
 from soul.evaluate.utility import UTILITY_METRICS, UTILITY_SPLITS, kolmogorov_smirnov, model_utility
 
@@ -83,26 +83,6 @@ def score(log: EvalLog, *, retrained: EvalLog | None = None, mean: TruthRatioMea
         legacy=_legacy(log, mean, reasons),
         reasons=reasons,
     )
-
-
-def score_log(
-    log: EvalLog, retrained: EvalLog | None = None, *, mean: TruthRatioMean = "geometric", allow_mismatch: bool = False
-) -> dict[str, Any]:
-    """`soul score` as one JSON object: the metrics, what they were computed from, and a reason beside every null."""
-    scores = score(log, retrained=retrained, mean=mean, allow_mismatch=allow_mismatch)
-    return {
-        "log": log.source,
-        "retrained": retrained and retrained.source,
-        "compared_despite": [] if retrained is None or not allow_mismatch else list(differences(log, retrained)),
-        "not_compared": [] if retrained is None else list(not_compared(log, retrained)),
-        "made_with": dict(log.made_with),
-        "truth_ratio": mean,
-        "rows": {split: len(split_log.keys) for split, split_log in log.splits.items()},
-        **{key: value for key, value in scores.model_entry().items() if key != "reasons"},
-        "privleak": scores.privleak,
-        "legacy": scores.legacy,
-        "reasons": scores.reasons,
-    }
 
 
 def _take(path: str, result: Result, reasons: dict[str, str]) -> float | None:

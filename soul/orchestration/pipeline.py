@@ -15,7 +15,7 @@ from rich.console import Console
 
 from soul.config import Config, EvaluateConfig
 from soul.evaluate.eval_log import EvalLog
-from soul.evaluate.score import score_log
+from soul.evaluate.summary import score_log
 from soul.models.hashes import recorded_sha256
 from soul.models.load import load_tokenizer
 from soul.objectives.methods import TITLES

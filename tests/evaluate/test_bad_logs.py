@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from soul.evaluate.logs import read_log
-from soul.evaluate.score import score_log
+from soul.evaluate.summary import score_log
 from soul.records import InputError
 
 SECRET = "Basil Mahfouz"

@@ -11,7 +11,7 @@ import pytest
 
 from soul.evaluate.eval_log import EvalLog
 from soul.evaluate.logs import read_log, write_open_unlearning_log, write_tofu_log
-from soul.evaluate.score import score_log
+from soul.evaluate.summary import score_log
 
 LOGS = Path(__file__).resolve().parents[2] / ".." / "shared" / "data" / "tofu_logs"
 pytestmark = pytest.mark.skipif(not (LOGS / "golden.json").is_file(), reason="needs ../shared/data/tofu_logs beside the checkout")
@@ -53,6 +53,8 @@ def test_forget_quality_is_exact(golden: dict[str, Any], logs: dict[str, EvalLog
     scores = score_log(logs[FULL], logs[RETAIN90], mean=mean)
     assert scores["forget_quality_ks"] == pytest.approx(expected["statistic"], abs=1e-12)
     assert scores["forget_quality"] == pytest.approx(expected["pvalue_exact"], rel=1e-6)
+    assert scores["tests"]["forget_quality"]["p_value"] == pytest.approx(scores["forget_quality"])
+    assert "no scores of single" in scores["tests"]["mia_auc.loss"]["reason"]
     itself = score_log(logs[FULL], logs[FULL], mean=mean)
     assert (itself["forget_quality"], itself["forget_quality_ks"]) == (1.0, 0.0)
 

@@ -14,7 +14,8 @@ from soul.cli import main
 from soul.evaluate.eval_log import EvalLog, SplitLog
 from soul.evaluate.logs import read_log, write_tofu_log
 from soul.evaluate.same_rows import check_comparable, differences, not_compared, rows_digest
-from soul.evaluate.score import score, score_log
+from soul.evaluate.score import score
+from soul.evaluate.summary import score_log
 from soul.records import InputError, Record
 
 NUM_ROWS = 20
