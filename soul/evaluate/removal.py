@@ -85,6 +85,8 @@ def _attacks(log: EvalLog, retrained: EvalLog | None, *, insists: bool) -> dict[
     else:
         tests = against_model(members[0], others[0], members[1], others[1], authors)
     sizes = {"num_rows": len(members[0]), "num_others": len(others[0])}
+    if authors is not None:
+        sizes["num_authors"] = len(set(authors[: len(members[0])]))
     return found | {f"mia_auc.{attack}": sizes | _entry(test) for attack, test in zip(usable, tests, strict=True)}
 
 

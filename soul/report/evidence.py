@@ -18,13 +18,13 @@ REBUILD: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Phrases by what became of the tests. `rows` is the smallest number of rows among those that are not testable."""
+    """Phrases by what became of the tests. `size` is the smallest number of rows, or of authors, among those that are not testable."""
 
     failed: tuple[str, ...]
     passed: tuple[str, ...]
     untestable: tuple[str, ...]
     missing: tuple[str, ...]
-    rows: int | None
+    size: str | None
 
     @property
     def complete(self) -> bool:
@@ -39,7 +39,7 @@ def evidence(unlearned: ModelResults, retrained: ModelResults | None) -> Evidenc
             why = "; ".join(dict.fromkeys((unlearned.reason("forget_quality"), unlearned.reason("mia_auc"))))
         return Evidence((), (), (), (why,), None)
     found: dict[str, list[str]] = {"failed": [], "passed": [], "untestable": [], "missing": []}
-    rows = []
+    few: list[tuple[int, str]] = []
     quality, attacks = unlearned.tests.get("forget_quality"), _attacks(unlearned.tests)
     ran = {name: test for name, test in attacks.items() if test.reason is None}
     rejected = _rejected([test for test in (quality, _clearest(ran)[1] if ran else None) if test is not None and test.reason is None])
@@ -49,7 +49,7 @@ def evidence(unlearned: ModelResults, retrained: ModelResults | None) -> Evidenc
         state = _state(quality, rejected)
         lead = "the model's truth ratios still differ from those of a model never trained on these rows: " if state == "failed" else ""
         found[state].append(lead + quality_phrase(quality))
-        rows += [quality.num_rows or 0] if state == "untestable" else []
+        few += [size_of(quality)] if state == "untestable" else []
     idle = [name for name in ATTACKS if name not in ran and (name in attacks or not ran)]
     if idle:
         names = "membership attacks" if not ran else f"membership attack {', '.join(ATTACKS[name].title for name in idle)}"
@@ -58,9 +58,9 @@ def evidence(unlearned: ModelResults, retrained: ModelResults | None) -> Evidenc
         name, test = _clearest(ran)
         state = _state(test, rejected)
         found[state].append(_lead(state, name, test) + attack_phrase(name, test, len(ran), retrained is not None))
-        rows += [min(test.num_rows or 0, test.num_others or 0)] if state == "untestable" else []
+        few += [size_of(test)] if state == "untestable" else []
     phrases: dict[str, Any] = {kind: tuple(told) for kind, told in found.items()}
-    return Evidence(**phrases, rows=min(rows, default=None))
+    return Evidence(**phrases, size=min(few)[1] if few else None)
 
 
 def _attacks(tests: dict[str, RemovalTest]) -> dict[str, RemovalTest]:
@@ -80,7 +80,7 @@ def _clearest(tests: dict[str, RemovalTest]) -> tuple[str, RemovalTest]:
 def _rejected(tests: Sequence[RemovalTest]) -> list[RemovalTest]:
     """Holm's procedure: of two tests the smaller p has to reach half of the level, so that one alarm in twenty is false and not two."""
     found: list[RemovalTest] = []
-    left = sorted((test for test in tests if test.testable), key=lambda test: 1.0 if test.p_value is None else test.p_value)
+    left = sorted((test for test in tests if test.can_reject), key=lambda test: 1.0 if test.p_value is None else test.p_value)
     for position, test in enumerate(left):
         if test.p_value is None or test.p_value > SIGNIFICANT / (len(left) - position):
             break
@@ -89,9 +89,9 @@ def _rejected(tests: Sequence[RemovalTest]) -> list[RemovalTest]:
 
 
 def _state(test: RemovalTest, rejected: Sequence[RemovalTest]) -> str:
-    if not test.testable:
-        return "untestable"
-    return "failed" if any(test is other for other in rejected) else "passed"
+    if any(test is other for other in rejected):
+        return "failed"
+    return "passed" if test.testable else "untestable"
 
 
 def _why(name: str, test: RemovalTest | None, fallback: str) -> str:
@@ -122,6 +122,15 @@ def _p(test: RemovalTest) -> str:
     return p_phrase(1.0 if test.p_value is None else test.p_value)
 
 
+def size_of(test: RemovalTest) -> tuple[int, str]:
+    """How many there are of what is too few, and in words."""
+    if test.num_authors is not None:
+        number, unit = test.num_authors, "author"
+    else:
+        number, unit = min(test.num_rows or 0, test.num_others or 0), "row"
+    return number, f"{number} {unit}{'' if number == 1 else 's'}"
+
+
 def _rows(test: RemovalTest) -> str:
     return f"{test.num_rows:,} and {test.num_others:,}"
 
@@ -135,8 +144,8 @@ def _interval(value: float | None, low: float | None, high: float | None) -> str
 
 
 def _power(test: RemovalTest, what: str) -> str:
-    if not test.testable:
-        return "which can reject nothing at this number of rows"
+    if not test.can_reject:
+        return f"which can reject nothing with {size_of(test)[1]}"
     if test.detectable is None:
-        return f"no {what} would be found in four of five such runs"
+        return f"with {size_of(test)[1]} no {what} is sure to be found in four of five such runs"
     return f"a {what} of {fixed(test.detectable, 2)} would be found in four of five such runs"

@@ -55,12 +55,13 @@ class RemovalTest(_Section):
 
     `value` is the KS distance or the attack's AUC, `low` to `high` its 95 % interval. An attack has a `reference` (the retrained model's
     AUC on the same rows, or 0.5) and the `difference` from it with its own interval, and its `p_value` is adjusted for all attacks.
-    `smallest_p` is the least that so many rows can give; `detectable` the smallest distance or difference found with 80 % power (null:
-    none within reach).
+    `num_authors`: of the forget rows, where rows about one author count once. `smallest_p` is the least that so many can give; `detectable`
+    the smallest distance or difference found with 80 % power (null: none within reach).
     """
 
     num_rows: Annotated[int, Field(ge=1)] | None = None
     num_others: Annotated[int, Field(ge=1)] | None = None
+    num_authors: Annotated[int, Field(ge=1)] | None = None
     value: Share | None = None
     low: Share | None = None
     high: Share | None = None
@@ -82,12 +83,16 @@ class RemovalTest(_Section):
 
     @property
     def testable(self) -> bool:
-        """Whether so many rows can give a p-value at the level at all."""
+        """Whether so many rows can give a p-value at the level at all, and do so in four of five runs for some effect."""
+        return self.can_reject and self.detectable is not None
+
+    @property
+    def can_reject(self) -> bool:
         return self.smallest_p is not None and self.smallest_p <= SIGNIFICANT
 
     @property
     def rejected(self) -> bool:
-        return self.testable and self.p_value is not None and self.p_value <= SIGNIFICANT
+        return self.can_reject and self.p_value is not None and self.p_value <= SIGNIFICANT
 
 
 class ModelResults(_Section):

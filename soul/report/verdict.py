@@ -30,18 +30,18 @@ KNEW: Final = 0.05  # what the target must reproduce beyond the retrained model 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`damage` says what was lost and what was not looked at; `num_rows` is the number of rows that are too few for a test."""
+    """`damage` says what was lost and what was not looked at; `size` says how many rows, or authors, are too few for a test."""
 
     outcome: Outcome
     damaged: bool
     result: str
     caution: str
     damage: str = ""
-    num_rows: int | None = None
+    size: str | None = None
 
     @property
     def badge(self) -> str:
-        rows = f" ({self.num_rows} row{'' if self.num_rows == 1 else 's'})" if self.outcome == "untestable" else ""
+        rows = f" ({self.size})" if self.outcome == "untestable" else ""
         return BADGES[self.outcome] + rows + ("; the rest is damaged" if self.damaged and self.outcome != "damaged" else "")
 
     @property
@@ -63,7 +63,7 @@ def verdict(results: Results) -> Verdict:
         result=_result(target, unlearned, retrained, still=forgotten is not None and forgotten < FEW_LEFT),
         caution=_caution(forgotten, found, known=_nothing_known(target, unlearned, retrained)),
         damage=lost.sentence,
-        num_rows=found.rows,
+        size=found.size,
     )
 
 

@@ -58,7 +58,9 @@ def against_model(
     Ranks within each model are swapped between the models, row by row (after Venkatraman and Begg, Biometrika 1996), all attacks of a row
     together. Ranks, because a model that is surer of everything is no better an attack's victim. `groups` numbers what rows have in
     common, members first: rows about one author are swapped together, since two models that have seen none of them differ by author.
+    A difference that lies in the members of a few authors may go unseen, however large: nothing is called detectable then.
     """
+    held = len(members) if groups is None else len(set(groups[: len(members)]))
     observed, maxima, spreads = _compared(members, others, reference_members, reference_others, groups)
     adjusted = _adjusted(observed, maxima)
     critical = float(np.quantile(maxima, 1 - LEVEL, method="higher")) if maxima.any() else float(stats.norm.ppf(1 - LEVEL / 2))
@@ -80,7 +82,9 @@ def against_model(
                 smallest_p=1.0
                 if _tied(members[:, k], others[:, k])
                 else _smallest(reference_members[:, [k]], reference_others[:, [k]], groups),
-                detectable=_reachable(critical * max(spreads[k], error) + POWER_Z * error, pair.reference),
+                detectable=math.inf
+                if 2.0 ** (1 - held) > LEVEL
+                else _reachable(critical * max(spreads[k], error) + POWER_Z * error, pair.reference),
             )
         )
     return found

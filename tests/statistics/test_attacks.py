@@ -133,7 +133,7 @@ def test_two_never_trained_models_that_differ_by_author_are_not_told_apart() -> 
     few = against_model(one[:20], one[20:40], two[:20], two[20:40], authors[:40].tolist())
     assert all(test.smallest_p > 0.05 for test in few), "two authors a side: no difference could be seen"
     many = against_model(one[:40] - 9, one[40:], two[:40], two[40:], authors.tolist())
-    assert many[0].smallest_p <= 0.13 and many[0].p_value == pytest.approx(many[0].smallest_p, abs=0.05)
+    assert many[0].p_value < 0.01 and math.isinf(many[0].detectable), "seen here, and not sure to be seen with four authors"
 
 
 def test_many_rows_need_no_square_of_memory() -> None:
