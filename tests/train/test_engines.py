@@ -276,6 +276,21 @@ def test_one_rank_hands_over_to_two(name: str, optimizer: str, pair: dict[Any, A
     assert_same_run(pair["resumed", f"single-{optimizer}-1", name, optimizer], oracle[optimizer], tail=True)
 
 
+def back_on_two(rank: int, world: int, folder: str) -> dict[str, Any]:
+    engine = new_engine("fsdp", "sophia", rank=rank, world=world)
+    return summary(engine, run_steps(engine, "sophia", Progress(**engine.load(Path(folder))), NUM_STEPS))
+
+
+@pytest.mark.usefixtures("ranks")
+def test_two_ranks_hand_over_to_one_and_that_to_two(oracle: dict[str, Any], folder: Path) -> None:
+    """Each with another micro-batch: row by row on two, the step at once on one."""
+    engine = new_engine("single", "sophia")
+    progress = Progress(**engine.load(folder / "fsdp-sophia-2"))
+    run_steps(engine, "sophia", progress, NUM_STEPS - 2)
+    engine.save(folder / "between", progress.to_json())
+    assert_same_run(spawn(back_on_two, 2, str(folder / "between"), timeout_s=120)[0], oracle["sophia"], tail=True)
+
+
 @pytest.mark.usefixtures("group_of_one", "ranks")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_two_shards_hand_over_to_single_and_that_to_ddp(optimizer: str, oracle: dict[str, Any], folder: Path) -> None:

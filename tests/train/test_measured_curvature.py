@@ -183,6 +183,23 @@ def test_nor_the_only_step_of_influence(poisoned: int, monkeypatch: pytest.Monke
     assert_bit_equal(run.engine.model.state_dict(), before)
 
 
+class SecondOfTwo(SingleEngine):
+    """A rank whose own curvature is finite and the other's is not: of the sums it hears the other rank's vote."""
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        votes = len(GradDiff().terms()) * 2 + 2
+        return tensor + torch.eye(votes, dtype=tensor.dtype)[-1] if len(tensor) == votes else tensor
+
+
+def test_every_rank_stops_where_one_has_curvature_that_is_not_finite() -> None:
+    run = new_run(SOPHIA)
+    before = {name: value.clone() for name, value in run.engine.model.state_dict().items()}
+    run.engine.__class__ = SecondOfTwo
+    with pytest.raises(NonFiniteCurvature, match="step 0"):
+        go(run, GradDiff(), SOPHIA, stop=1)
+    assert_bit_equal(run.engine.model.state_dict(), before)
+
+
 def test_a_job_that_ends_in_such_a_step_exports_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = job_in(folder, tmp_path, max_steps=3)
     real = soul.train.curvature.sampled_loss
