@@ -28,6 +28,7 @@ from soul.batch import IGNORE_INDEX, TokenRow
 from soul.data.feed import LocalFeed
 from soul.objectives.methods import NPO, GradDiff, Method
 from soul.optim.configs import AdamWConfig
+from soul.train.divisors import Divisors
 
 AIMS = {"grad_diff": 2.0, "npo": 3.0}
 TOLERANCES = {"fp32": 1e-4, "bf16": 3e-2}  # relative, of the first steps' losses
@@ -41,6 +42,7 @@ class Pairs(Dataset[Pair]):
 
     def __init__(self, feed: LocalFeed, *, steps: int) -> None:
         self.items: list[Pair] = []
+        self.divisors = Divisors.of(feed.plan, feed.stores)
         for step in range(steps):
             for share in feed.plan.share(step, rank=0, world=1, micro_batch_size=feed.micro_batch_size):
                 rows = {split: [feed.stores[split].row(index) for name, index in share if name == split] for split in SPLITS}
@@ -74,11 +76,20 @@ def sequence_nlls(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 class UnlearnTrainer(Trainer):
-    """GradDiff, or NPO if it is given a reference model, by `compute_loss` as OpenUnlearning overrides it."""
+    """GradDiff, or NPO if it is given a reference model, by `compute_loss` as OpenUnlearning overrides it.
 
-    def __init__(self, *args: Any, method: Method, reference: PreTrainedModel | None, losses: list[float], **kwargs: Any) -> None:
+    What is differentiated is scaled to the divisors that we have for the whole run; `losses` are the means of each step.
+    """
+
+    def __init__(
+        self, *args: Any, method: Method, reference: PreTrainedModel | None, losses: list[float], divisors: Divisors, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.method, self.reference, self.losses = method, reference, losses
+        self.method, self.reference, self.losses, self.divisors = method, reference, losses, divisors
+
+    def share(self, inputs: Inputs, split: str) -> Tensor:
+        """The tokens of a split in this step over those that a step has on average."""
+        return (inputs[split]["labels"][:, 1:] != IGNORE_INDEX).sum() / self.divisors.counts[split, "tokens"]
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
         assert isinstance(self.train_dataset, Pairs)
@@ -87,16 +98,18 @@ class UnlearnTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: Inputs, return_outputs: bool = False, **_: Any) -> Any:  # type: ignore[override]
         if self.reference is None:
             forget_loss = -model(**inputs["forget"]).loss
+            weight = self.share(inputs, "forget")
         else:
             assert isinstance(self.method, NPO)
             with torch.no_grad():
                 reference_B = sequence_nlls(self.reference, inputs["forget"])
             ratio_B = reference_B - sequence_nlls(model, inputs["forget"])
             forget_loss = -2 / self.method.beta * F.logsigmoid(-self.method.beta * ratio_B).mean()
+            weight = torch.tensor(len(ratio_B) / self.divisors.counts["forget", "sequences"])
         outputs = model(**inputs["retain"])
-        loss = forget_loss + outputs.loss
         if len(self.losses) < CHECKED_STEPS:
-            self.losses.append(float(loss.detach()))
+            self.losses.append(float((forget_loss + outputs.loss).detach()))
+        loss = weight * forget_loss + self.share(inputs, "retain") * outputs.loss
         return (loss, outputs) if return_outputs else loss
 
 
@@ -141,6 +154,7 @@ def run_trainer(workload: Workload, pairs: Pairs, method: Method, *, steps: int)
             method=method,
             reference=reference,
             losses=run.losses,
+            divisors=pairs.divisors,
             train_dataset=pairs,
             data_collator=lambda items: {split: padded([item[split] for item in items], pad_id=workload.pad_id) for split in SPLITS},
             callbacks=[Clock(run, workload.device)],
