@@ -84,7 +84,8 @@ def prepared_model(config: Config, kind: Kind, *, start: str, stores: Mapping[st
         splits = [split for split in splits if split not in WORLD_SETS]
     if kind == "retrained":
         splits.remove("forget")
-    key = prepare_key(config, digest([stores[split].name for split in splits]), kind)
+    commit = None if Path(start).is_dir() else commit_of(start, config.model.revision)  # a branch may have moved since
+    key = prepare_key(config, digest([*(stores[split].name for split in splits), *([commit] if commit else [])]), kind)
     run = RunDir(cache / "models" / key)
     attach(run.path)
     if run.finished("train", key) is not None and skim(run.model, without=WEIGHTS):

@@ -1,7 +1,7 @@
 """rho="auto": when the ratios of momentum to curvature are looked at and rho is set. What is logged has no part in it.
 
-Before the first step rho is solved for the gradient of that step, which costs one more backward pass a run; after that whenever
-curvature was measured, behind the step.
+Before the first step rho is solved for the gradient of that step, which costs one more backward pass a run (two with adapters, whose
+curvature begins with the second step); after that whenever curvature was measured, behind the step.
 """
 
 from __future__ import annotations
