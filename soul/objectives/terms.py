@@ -1,7 +1,7 @@
 """Loss terms: each returns a *sum* over what it was given and names its unit; only the engine's caller divides.
 
-Law 1 of the design: dividing by the global count of tokens or sequences outside makes loss, gradient and curvature independent of
-how a batch was cut into micro-batches and ranks.
+Law 1 of the design: dividing outside, by what a step of the run has on average, makes gradient and curvature independent of how rows
+were put into steps, and a step into micro-batches and ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LossSum = Callable[[AnswerLogps, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """`weight * loss(rows of split) / count(unit)` is one summand of the objective.
+    """`weight * loss(rows of split) / number of units` is one summand of the objective, the number that of a step on average.
 
     `loss` maps the split's answer log-probabilities and its reference log-probabilities (per row, NaN where absent) to a sum.
     """

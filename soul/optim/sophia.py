@@ -10,6 +10,7 @@ leave the pure sign descent it would otherwise spend most of its life in. Sophia
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -85,6 +86,13 @@ class SophiaG(ShardOptimizer):
         """As if no curvature had been measured; the caller sets the number of updates."""
         for _, hessians in self.state_buckets():
             torch._foreach_zero_(hessians)
+
+    @torch.no_grad()
+    def spoil_hessian(self) -> None:
+        """Not a number everywhere, as folding such gradients would have made it: for a caller that keeps them from the optimizer."""
+        for _, hessians in self.state_buckets():
+            for h in hessians:
+                h.fill_(math.nan)
 
     @contextmanager
     def doing(self, mode: Mode) -> Iterator[None]:

@@ -94,6 +94,8 @@ class DeepSpeedEngine:
             self._run_as("hessian")
         finally:
             zero.clip_grad = clip
+        if zero.overflow:  # of gradients that are not finite ZeRO tells nobody, and does not call the optimizer
+            self.optimizer.spoil_hessian()  # type: ignore[attr-defined]
 
     def look_at_ratios(self) -> None:
         self._run_as("ratios")

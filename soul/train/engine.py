@@ -189,7 +189,7 @@ class Engine(Protocol):
         """The context every forward runs under (bf16 autocast, or nothing)."""
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate gradients of `loss`, already divided by global counts, summed over ranks. `last`: no more before a step."""
+        """Accumulate gradients of `loss`, already divided by constants of the run, summed over ranks. `last`: no more before a step."""
 
     def step(self) -> StepInfo:
         """Clip, update, zero the gradients."""

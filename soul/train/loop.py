@@ -1,6 +1,6 @@
 """The training loop: the same function in a unit test, under torchrun and inside a Ray Train worker.
 
-It owns token counts, the learning rate, the curvature interval and every counter; engines own placement and reduction.
+It owns the learning rate, the curvature interval and every counter; engines own placement and reduction.
 """
 
 from __future__ import annotations

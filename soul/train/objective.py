@@ -25,7 +25,7 @@ def count(batch: Batch, split: str, unit: Unit) -> int:
 
 
 def global_counts(engine: Engine, batches: Sequence[Batch], wanted: Sequence[tuple[str, Unit]], *votes: int) -> list[float]:
-    """What each (split, unit) is divided by: counts over all ranks and micro-batches; behind them the sum of each vote. One reduction."""
+    """By what reported means are divided: counts over all ranks and micro-batches; behind them the sum of each vote. One reduction."""
     local = [*(sum(count(batch, split, unit) for batch in batches) for split, unit in wanted), *votes]
     counts: list[float] = engine.all_reduce_sum(torch.tensor(local, dtype=torch.float64, device=engine.device)).tolist()
     return counts

@@ -16,7 +16,7 @@ from soul.train.engine import Engine
 
 
 class Telemetry:
-    """Measures on steps 0, 1, 2, 4, 8, ... and on every `every`-th. Only looks: the weights do not depend on it."""
+    """Measures on steps 0, 1, 2, 4, ... below `every`, and on every `every`-th. Only looks: the weights do not depend on it."""
 
     def __init__(self, engine: Engine, *, every: int) -> None:
         self.engine, self.every = engine, every

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import soul.train.curvature
 from soul.batch import TokenRow
 from soul.data.feed import LocalFeed
 from soul.data.pairing import PairedPlan
@@ -20,7 +23,7 @@ from soul.train.config import TrainConfig
 from soul.train.divisors import Divisors
 from soul.train.engine import Engine, EngineConfig
 from soul.train.engines import make_engine
-from soul.train.loop import Hooks, Progress, train
+from soul.train.loop import Hooks, NonFiniteCurvature, Progress, train
 
 VOCAB = 61  # odd, so that shards are uneven
 # Seven leading rows in steps of three: the last step of an epoch has one row, and the second of two ranks none.
@@ -145,6 +148,21 @@ def resumed_run(engine: Engine, optimizer: str, folder: Path) -> dict[str, Any]:
     progress = Progress(**engine.load(folder))
     assert progress.step == SAVED_AT
     return summary(engine, run_steps(engine, optimizer, progress, NUM_STEPS))
+
+
+def poisoned_run(engine: Engine) -> str:
+    """How a run ends in whose third curvature update one rank of two has an infinite loss."""
+    real = soul.train.curvature.sampled_loss
+
+    def poisoned(*args: Any, **names: Any) -> torch.Tensor:
+        return real(*args, **names) * (math.inf if engine.rank == 1 and names["update"] == 2 else 1.0)
+
+    with mock.patch.object(soul.train.curvature, "sampled_loss", poisoned):
+        try:
+            run_steps(engine, "smooth sophia", Progress(), NUM_STEPS)
+        except NonFiniteCurvature as error:
+            return f"curvature at step {error.step}"
+    return "no error"
 
 
 def cut_run(engine: Engine, micro_batch: int) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from tests.train.engine_runs import (
     full_state,
     largest_difference,
     new_engine,
+    poisoned_run,
     resumed_run,
     straight_run,
     tiny_llama,
@@ -64,6 +65,7 @@ def two_ranks(rank: int, world: int, folder: str) -> dict[Any, Any]:
     for variant, name in SOURCES_OF_FSDP:
         results["resumed", variant, f"fsdp-{name}"] = resumed_run(engine_of(variant, name, rank, world), name, root / f"fsdp-{name}")
     for variant in PLAIN:
+        results["poisoned", variant] = poisoned_run(engine_of(variant, "smooth sophia", rank, world))
         results["steered", variant] = straight_run(engine_of(variant, "steered sophia", rank, world), "steered sophia")["first"]
         for name in SMOOTH:
             source = f"{variant}-{name}"
@@ -129,6 +131,11 @@ def relative_distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tenso
 @pytest.mark.parametrize(("variant", "name"), RUNS)
 def test_two_ranks_equal_single(variant: str, name: str, pair: dict[Any, Any], oracle: dict[str, Any]) -> None:
     assert_close(pair[variant, name], oracle[name])
+
+
+@pytest.mark.parametrize("variant", PLAIN)
+def test_every_rank_stops_before_curvature_of_one_that_is_not_finite(variant: str, ranks: list[dict[Any, Any]]) -> None:
+    assert [found["poisoned", variant] for found in ranks] == ["curvature at step 4"] * 2
 
 
 @pytest.mark.parametrize("variant", PLAIN)

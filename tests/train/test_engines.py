@@ -35,6 +35,7 @@ from tests.train.engine_runs import (
     full_state,
     largest_difference,
     new_engine,
+    poisoned_run,
     ragged_stores,
     resumed_run,
     run_steps,
@@ -93,6 +94,7 @@ def two_ranks(rank: int, world: int, folder: str) -> dict[Any, Any]:
                 results["resumed", source, *key] = resumed_run(engine, optimizer, root / source)
         for micro_batch in (1, 2, 4):
             results["cut", name, micro_batch] = cut_run(new_engine(name, "steered sophia", rank=rank, world=world), micro_batch)
+        results["poisoned", name] = poisoned_run(new_engine(name, "smooth sophia", rank=rank, world=world))
         results |= {("float32", name, key): value for key, value in float32_runs(name, rank, world).items()}
         results |= {("pieces", name, key): value for key, value in pieces(name, rank, world, root).items()}
     results["refused"] = refused_on(rank, world)
@@ -229,6 +231,11 @@ def test_curvature_and_weights_do_not_depend_on_the_micro_batch(micro_batch: int
 @pytest.mark.parametrize("name", DISTRIBUTED)
 def test_nor_on_the_micro_batch_and_the_number_of_ranks(name: str, micro_batch: int, pair: dict[Any, Any], uncut: dict[str, Any]) -> None:
     assert_same_cut(pair["cut", name, micro_batch], uncut)
+
+
+@pytest.mark.parametrize("name", DISTRIBUTED)
+def test_every_rank_stops_before_curvature_of_one_that_is_not_finite(name: str, ranks: list[dict[Any, Any]]) -> None:
+    assert [found["poisoned", name] for found in ranks] == ["curvature at step 4"] * 2
 
 
 @pytest.mark.parametrize("name", DISTRIBUTED)
