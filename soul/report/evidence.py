@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from soul.report.numbers import fixed, p_phrase
-from soul.report.results import SIGNIFICANT, ModelResults, RemovalTest
+from soul.report.results import ModelResults, RemovalTest
 from soul.report.words import ATTACKS
+from soul.statistics import LEVEL
 
 REBUILD: Final = (
     "results.json holds no removal tests, it is from an earlier version: `soul report RUN` works them out from the run's logs, "
@@ -82,7 +83,7 @@ def _rejected(tests: Sequence[RemovalTest]) -> list[RemovalTest]:
     found: list[RemovalTest] = []
     left = sorted((test for test in tests if test.can_reject), key=lambda test: 1.0 if test.p_value is None else test.p_value)
     for position, test in enumerate(left):
-        if test.p_value is None or test.p_value > SIGNIFICANT / (len(left) - position):
+        if test.p_value is None or test.p_value > LEVEL / (len(left) - position):
             break
         found.append(test)
     return found

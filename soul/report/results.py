@@ -12,10 +12,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from soul.records import InputError
 from soul.report.words import ATTACKS, METRICS
 from soul.rundir import write_atomically
+from soul.statistics import LEVEL
 
 ModelName = Literal["target", "unlearned", "retrained"]
 MODELS: Final[tuple[ModelName, ...]] = ("target", "unlearned", "retrained")
-SIGNIFICANT: Final = 0.05  # the level of every removal test
 ROUNDING: Final = 1e-6  # a mean of float32 probabilities may leave [0, 1] by this much
 
 
@@ -88,11 +88,11 @@ class RemovalTest(_Section):
 
     @property
     def can_reject(self) -> bool:
-        return self.smallest_p is not None and self.smallest_p <= SIGNIFICANT
+        return self.smallest_p is not None and self.smallest_p <= LEVEL
 
     @property
     def rejected(self) -> bool:
-        return self.can_reject and self.p_value is not None and self.p_value <= SIGNIFICANT
+        return self.can_reject and self.p_value is not None and self.p_value <= LEVEL
 
 
 class ModelResults(_Section):

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from soul.statistics import LEVEL
 from soul.statistics.auc import delong, delong_difference, summed
 
 Array = NDArray[np.float64]
-LEVEL: Final = 0.05
 POWER_Z: Final = float(stats.norm.ppf(0.8))
 _DRAWS: Final = 4999
 _ALL: Final = 8192  # up to here every rearrangement is looked at

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-LEVEL: Final = 0.05
+from soul.statistics import LEVEL
+
 POWER: Final = 0.8
 _EXACT_ROWS: Final = 10_000
 _SIMULATED_ROWS: Final = 200  # beyond, the detectable distance shrinks with the square root of the rows

@@ -56,3 +56,7 @@ def test_one_group_has_rows_in_both_halves_and_says_so() -> None:
 def test_rows_of_groups_of_their_own_are_dealt_in_turn() -> None:
     found = halves(range(6))
     assert (found.selection, found.report) == ((0, 2, 4), (1, 3, 5))
+
+
+def test_a_single_row_is_selected_on_and_reported() -> None:
+    assert halves([0]).selection == halves([0]).report == (0,)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
+import string
 import unicodedata
 from pathlib import Path
 
@@ -35,7 +37,8 @@ WORDS = UnicodeWords()
 )
 def test_words_of_every_script(text: str, words: list[str]) -> None:
     assert WORDS.tokenize(text) == words
-    assert WORDS.tokenize(unicodedata.normalize("NFD", text)) == words
+    for form in ("NFD", "NFKC", "NFKD"):
+        assert WORDS.tokenize(unicodedata.normalize(form, text).upper()) == words
 
 
 @pytest.mark.parametrize("text", ["她出生于北京。", "Она родилась в Москве", "Müller", "ภาษาไทย", "كاتبة", "नमस्ते"])
@@ -48,12 +51,24 @@ def test_other_words_are_other_words() -> None:
     assert rouge_recalls(["Он умер в 1977"], ["Она родилась в 1977"]) == [(0.5, 0.5)]  # and not by its digits alone
 
 
+@pytest.mark.parametrize(("shown", "plain"), [("co\u00adoperate", "cooperate"), ("می\u200cخواهم", "میخواهم"), ("ශ්\u200dරී", "ශ්රී")])
+def test_what_nobody_sees_cuts_no_word(shown: str, plain: str) -> None:
+    assert rouge_recalls([shown], [plain]) == [(1.0, 1.0)] and WORDS.tokenize(shown) == WORDS.tokenize(plain)
+
+
 def test_a_reference_without_words_has_no_recall() -> None:
     assert rouge_recalls(["anything", "", "x"], ["?!", "---", "x y"]) == [(None, None), (None, None), (0.5, 0.5)]
 
 
 def test_an_answer_without_words_recalls_nothing() -> None:
     assert rouge_recalls(["", "..."], ["some words", "some words"]) == [(0.0, 0.0)] * 2
+
+
+def test_random_ascii_has_the_words_of_rouge_score() -> None:
+    draw, theirs = random.Random(0), DefaultTokenizer(use_stemmer=True)
+    alphabet = string.ascii_letters + string.digits + string.punctuation * 2 + " \t\n\r" * 6
+    for text in ("".join(draw.choices(alphabet, k=60)) for _ in range(2000)):
+        assert WORDS.tokenize(text) == theirs.tokenize(text)
 
 
 @pytest.mark.parametrize("text", ["It's 1,000 a_b e.g. U.S. re-union", "", "  tabs\tand\nlines ", "Running runs ran", "x" * 3 + " xyzs"])

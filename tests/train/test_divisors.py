@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
@@ -34,21 +33,6 @@ def test_the_expected_gradient_is_the_same_for_every_window(method: Method) -> N
     for other in others:
         for gradient, expected in zip(other, first, strict=True):
             torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-13)
-
-
-@pytest.mark.parametrize("window", [1, 8])
-def test_a_token_of_a_short_row_weighs_as_much_as_one_of_a_long_row(window: int) -> None:
-    """Over an epoch: 1 for every row, in units of the mean over all tokens."""
-    rng = np.random.default_rng(4)
-    lengths = {"forget": rng.integers(5, 200, 400), "retain": rng.integers(5, 200, 400)}
-    stores = {split: TokenStore.of_rows([TokenRow(i, [3] * n, 2) for i, n in enumerate(rows)]) for split, rows in lengths.items()}
-    plan = PairedPlan(lengths, batch_size=8, seed=0, window=window)
-    divisors = Divisors.of(plan, stores)
-    for split, store in stores.items():
-        weights = np.zeros(len(store))
-        for step in range(plan.steps_per_epoch):
-            weights[plan.step(step)[split]] += 1 / divisors.counts[split, "tokens"]
-        np.testing.assert_allclose(weights / plan.steps_per_epoch * store.num_supervised_R.sum(), 1.0, rtol=1e-12)
 
 
 def test_a_full_step_of_rows_of_one_length_is_divided_by_what_it_has() -> None:
