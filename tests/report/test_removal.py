@@ -136,3 +136,30 @@ def test_results_of_earlier_versions_take_their_tests_from_the_logs(run_dir: Cal
     write_tofu_log(log(40), folder / "logs" / "eval_log_aggregated.json")
     write_tofu_log(log(40, 1), folder / "logs" / "retrained" / "eval_log_aggregated.json")
     assert verdict(load_run(folder).results).outcome == "passed"
+
+
+def test_a_number_that_neither_model_has_is_no_pass(document: Make) -> None:
+    """Every row has a probability: one that is missing on both sides was not looked at."""
+    changed = passing(document)
+    for name in ("target", "unlearned"):
+        changed["models"][name]["retain"]["probability"] = None
+        changed["models"][name]["reasons"]["retain.probability"] = "not recorded"
+    assert "passed" not in judged(changed)
+
+
+def test_a_ceiling_stands_in_for_a_model_and_not_for_its_missing_number(document: Make) -> None:
+    changed = passing(document)
+    changed["models"]["retrained"]["forget"]["rougeL_recall"] = None
+    changed["models"]["retrained"]["reasons"]["forget.rougeL_recall"] = "no answers were generated"
+    checks = judge(Results.model_validate(changed), Policy(ceilings={"rougeL_recall": 1.0}))
+    found = next(check for check in checks if check.name == "forget.rougeL_recall")
+    assert not found.passed and "no answers were generated" in found.text
+
+
+def test_the_smaller_p_of_two_tests_has_to_reach_half_of_the_level(document: Make) -> None:
+    changed = passing(document)
+    tests = changed["models"]["unlearned"]["tests"]
+    tests["forget_quality"]["p_value"] = 0.04
+    assert "passed" in judged(changed)
+    tests["forget_quality"]["p_value"] = 0.024
+    assert "suppressed" in judged(changed)
